@@ -1,0 +1,57 @@
+// One table of kernels per instruction set, and the choice between them, made once a process by CPUID and XGETBV.
+#pragma once
+#include <cstdint>
+
+#include "../nf4_format.h"
+#include "../tensor_view.h"
+
+namespace pyfinetune {
+
+// Rows [row_begin, row_end) and columns [col_begin, col_end) of a weight that is `cols` wide.
+struct Tile {
+  int64_t cols;
+  int64_t row_begin, row_end, col_begin, col_end;
+  int64_t out_stride;  // elements between rows of the output
+};
+
+// y[m, n] = round(sum_k x[m, k] * w[n, k] + bias[n]) for a few rows m. x is packed by the caller: `x_rows` holds rows
+// of x_stride elements, zero-padded behind column k; floats, or bf16 where the table says packs_bf16.
+struct SmallMatmul {
+  const void* x_rows;
+  int64_t x_stride;
+  int64_t m, n, k;
+  const void* bias;  // [n] in the output's dtype, or null
+  void* y;
+  int64_t y_stride;
+  DType dtype;  // of y, bias, and of the decoded weight
+};
+
+constexpr int kSmallMatmulRows = 32;     // the largest m
+constexpr int64_t kSmallMatmulPad = 64;  // x_stride is a multiple of this
+
+struct KernelTable {
+  const char* name;
+  bool packs_bf16;  // small_matmul_4bit wants x as bf16 when dtype is bf16
+  void (*dequantize_4bit)(const Packed4bit&, const Tile&, void* out, DType, int threads);
+  void (*quantize_4bit)(const EncodeTable&, const void* w, DType, int64_t n, int block_shift, uint8_t* codes,
+                        float* absmax, int threads);
+  void (*quantize_absmax)(const float* centred, int64_t n, int block_shift, const uint8_t* nearest, uint8_t* codes,
+                          float* absmax, int threads);
+  void (*small_matmul_4bit)(const Packed4bit&, const SmallMatmul&, int threads);
+  void (*dropout)(const void* x, void* out, DType, int64_t n, double p, uint64_t seed, int threads);
+};
+
+// The table in use. Throws BackendUnavailable when PYFINETUNE_CPU_ISA names one that this machine cannot run.
+const KernelTable& kernels();
+
+// Names of the tables that this build holds and this machine can run, best first; null-terminated.
+const char* const* runnable_isas();
+
+// True in a child of fork(): the parent's thread pool does not exist there, so kernels run inline.
+bool in_forked_child();
+
+// Asks for huge pages behind a large output that nothing has touched yet: filling fresh 4 KiB pages costs more than
+// most kernels do.
+void advise_huge_pages(void* data, int64_t bytes);
+
+}  // namespace pyfinetune

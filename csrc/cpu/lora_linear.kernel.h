@@ -1,0 +1,189 @@
+// The parts of the LoRA linear that torch's GEMM does not serve well: a product of a few rows with a 4-bit weight, and
+// counter-based dropout.
+//
+// small_matmul_4bit, y = x W^T for at most 32 rows of x:
+//
+//      x [m, k], packed once          four rows of W, kDepth columns at a time
+//      ┌──────────────┐               ┌──────────────┐   decoded into a 1st-level-cache scratch, then every row of x
+//      └──────────────┘               └──────────────┘   is multiplied with it; 4 x MB accumulators stay in registers
+//
+// A library GEMM would need the whole decoded weight, 4 times the bytes of the codes, before its first multiply.
+#pragma once
+#include "nf4.kernel.h"
+
+namespace pyfinetune {
+namespace PYFINETUNE_ISA {
+namespace {
+
+constexpr int kRows = 4;       // rows of W in a group
+constexpr int kDepth = 1024;   // columns decoded at a time: a multiple of every step below
+constexpr int kBlockM = 6;     // rows of x in registers
+
+#if defined(__AVX512BF16__)
+constexpr bool kPacksBf16 = true;
+#else
+constexpr bool kPacksBf16 = false;
+#endif
+
+// acc[row][m] += dot of `depth` columns (a multiple of the step) of one scratch row with one row of x, in vector lanes.
+template <int MB, class T>
+inline void dot_block(const T* scratch, const float* x, int64_t x_stride, int depth, Vec (*acc)[kSmallMatmulRows]) {
+  Vec sum[kRows][MB];
+  for (int r = 0; r < kRows; ++r)
+    for (int m = 0; m < MB; ++m) sum[r][m] = acc[r][m];
+  for (int k = 0; k < depth; k += kLanes) {
+    Vec w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = vload(scratch + r * kDepth + k);
+    for (int m = 0; m < MB; ++m) {
+      const Vec xm = vload(x + m * x_stride + k);
+      for (int r = 0; r < kRows; ++r) sum[r][m] = vfma(w[r], xm, sum[r][m]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int m = 0; m < MB; ++m) acc[r][m] = sum[r][m];
+}
+
+#if defined(__AVX512BF16__)
+template <int MB>
+inline void dot_block(const bf16* scratch, const bf16* x, int64_t x_stride, int depth, Vec (*acc)[kSmallMatmulRows]) {
+  Vec sum[kRows][MB];
+  for (int r = 0; r < kRows; ++r)
+    for (int m = 0; m < MB; ++m) sum[r][m] = acc[r][m];
+  for (int k = 0; k < depth; k += 32) {
+    __m512bh w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = (__m512bh)_mm512_loadu_si512(scratch + r * kDepth + k);
+    for (int m = 0; m < MB; ++m) {
+      const __m512bh xm = (__m512bh)_mm512_loadu_si512(x + m * x_stride + k);
+      for (int r = 0; r < kRows; ++r) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], w[r], xm);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int m = 0; m < MB; ++m) acc[r][m] = sum[r][m];
+}
+#endif
+
+// The register-blocked product needs MB at compile time; the last block of rows of x may be shorter.
+template <class T, class X>
+inline void dot_rows(const T* scratch, const X* x, int64_t x_stride, int m_count, int depth,
+                     Vec (*acc)[kSmallMatmulRows]) {
+  int m = 0;
+  for (; m + kBlockM <= m_count; m += kBlockM)
+    dot_block<kBlockM>(scratch, x + m * x_stride, x_stride, depth, (Vec(*)[kSmallMatmulRows])(&acc[0][m]));
+  const X* rest = x + m * x_stride;
+  auto* rest_acc = (Vec(*)[kSmallMatmulRows])(&acc[0][m]);
+  switch (m_count - m) {
+    case 1: dot_block<1>(scratch, rest, x_stride, depth, rest_acc); break;
+    case 2: dot_block<2>(scratch, rest, x_stride, depth, rest_acc); break;
+    case 3: dot_block<3>(scratch, rest, x_stride, depth, rest_acc); break;
+    case 4: dot_block<4>(scratch, rest, x_stride, depth, rest_acc); break;
+    case 5: dot_block<5>(scratch, rest, x_stride, depth, rest_acc); break;
+    default: break;
+  }
+}
+
+template <class T, class X>
+void small_matmul(const Packed4bit& w, const SmallMatmul& p, int threads) {
+  const X* x = static_cast<const X*>(p.x_rows);
+  const T* bias = static_cast<const T*>(p.bias);
+  T* y = static_cast<T*>(p.y);
+  parallel_for(p.n, kRows, threads, [&](int64_t begin, int64_t end) {
+    alignas(64) T scratch[kRows * kDepth];
+    alignas(64) Vec acc[kRows][kSmallMatmulRows];
+    for (int64_t n = begin; n < end; n += kRows) {
+      const int rows = int(min64(kRows, end - n));
+      for (int r = 0; r < kRows; ++r)
+        for (int m = 0; m < p.m; ++m) acc[r][m] = vzero();
+      for (int64_t k = 0; k < p.k; k += kDepth) {
+        const int depth = int(min64(kDepth, p.k - k));
+        const int padded = int((depth + kSmallMatmulPad - 1) / kSmallMatmulPad * kSmallMatmulPad);
+        for (int r = 0; r < kRows; ++r) {
+          T* row = scratch + r * kDepth;
+          const int64_t flat = (n + (r < rows ? r : 0)) * p.k + k;
+          decode_range(w, flat, flat + depth, row);
+          for (int i = depth; i < padded; ++i) row[i] = from_float<T>(0.0f);
+        }
+        dot_rows(scratch, x + k, p.x_stride, int(p.m), padded, acc);
+      }
+      for (int r = 0; r < rows; ++r) {
+        const float b = bias ? to_float(bias[n + r]) : 0.0f;
+        for (int64_t m = 0; m < p.m; ++m) y[m * p.y_stride + n + r] = from_float<T>(vsum(acc[r][m]) + b);
+      }
+    }
+  });
+}
+
+void small_matmul_4bit(const Packed4bit& w, const SmallMatmul& p, int threads) {
+  if (p.dtype == DType::f32) small_matmul<float, float>(w, p, threads);
+  if (p.dtype == DType::f16) small_matmul<fp16, float>(w, p, threads);
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::bf16) small_matmul<bf16, bf16>(w, p, threads);
+#else
+  if (p.dtype == DType::bf16) small_matmul<bf16, float>(w, p, threads);
+#endif
+}
+
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i is word i % 4 of the
+// block at counter i / 4 under the key `seed`, so that any element's bit is known from (seed, i) alone.
+constexpr int kPhiloxLanes = 16;
+
+inline void philox_lanes(uint64_t first_counter, uint64_t seed, uint32_t (*words)[kPhiloxLanes]) {
+  uint32_t c0[kPhiloxLanes], c1[kPhiloxLanes], c2[kPhiloxLanes], c3[kPhiloxLanes];
+  for (int j = 0; j < kPhiloxLanes; ++j) {
+    const uint64_t counter = first_counter + uint64_t(j);
+    c0[j] = uint32_t(counter);
+    c1[j] = uint32_t(counter >> 32);
+    c2[j] = c3[j] = 0;
+  }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int j = 0; j < kPhiloxLanes; ++j) {
+      const uint64_t p0 = uint64_t(0xD2511F53u) * c0[j], p1 = uint64_t(0xCD9E8D57u) * c2[j];
+      c0[j] = uint32_t(p1 >> 32) ^ c1[j] ^ k0;
+      c2[j] = uint32_t(p0 >> 32) ^ c3[j] ^ k1;
+      c1[j] = uint32_t(p1);
+      c3[j] = uint32_t(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int j = 0; j < kPhiloxLanes; ++j) {
+    words[0][j] = c0[j];
+    words[1][j] = c1[j];
+    words[2][j] = c2[j];
+    words[3][j] = c3[j];
+  }
+}
+
+template <class T>
+void dropout_range(const T* x, T* out, int64_t begin, int64_t end, uint64_t threshold, float scale, uint64_t seed) {
+  constexpr int64_t kChunk = 4 * kPhiloxLanes;
+  uint32_t words[4][kPhiloxLanes];
+  float kept[kChunk];
+  for (int64_t i = begin; i < end; i += kChunk) {
+    philox_lanes(uint64_t(i) / 4, seed, words);
+    for (int j = 0; j < kPhiloxLanes; ++j)
+      for (int word = 0; word < 4; ++word) kept[4 * j + word] = words[word][j] >= threshold ? scale : 0.0f;
+    const int64_t count = min64(kChunk, end - i);
+    int64_t j = 0;
+    // A dropped element is zero even where x is infinite, so the mask selects and does not multiply.
+    for (; j < count; ++j) out[i + j] = from_float<T>(kept[j] != 0.0f ? to_float(x[i + j]) * kept[j] : 0.0f);
+  }
+}
+
+// out = x * keep / (1 - p); an element is kept when its random word reaches p * 2^32.
+void dropout(const void* x, void* out, DType dtype, int64_t n, double p, uint64_t seed, int threads) {
+  const uint64_t threshold = uint64_t(p * 4294967296.0);
+  const float scale = p < 1.0 ? float(1.0 / (1.0 - p)) : 0.0f;
+  parallel_for(n, 4096, threads, [&](int64_t begin, int64_t end) {
+    if (dtype == DType::f32)
+      dropout_range(static_cast<const float*>(x), static_cast<float*>(out), begin, end, threshold, scale, seed);
+    if (dtype == DType::f16)
+      dropout_range(static_cast<const fp16*>(x), static_cast<fp16*>(out), begin, end, threshold, scale, seed);
+    if (dtype == DType::bf16)
+      dropout_range(static_cast<const bf16*>(x), static_cast<bf16*>(out), begin, end, threshold, scale, seed);
+  });
+}
+
+}  // namespace
+}  // namespace PYFINETUNE_ISA
+}  // namespace pyfinetune

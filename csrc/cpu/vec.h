@@ -1,0 +1,187 @@
+// The few SIMD verbs that kernels are written in; every one static, so that no copy compiled for one instruction set
+// can be picked by the linker for another. `Vec` is a vector of kLanes floats.
+#pragma once
+#include <stdint.h>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../tensor_view.h"
+
+namespace pyfinetune {
+namespace PYFINETUNE_ISA {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
+
+inline float to_float(fp16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Rescaling by 2^112 turns half's exponent bias into float's and makes subnormals exact.
+  return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
+#endif
+}
+
+template <class T>
+T from_float(float x);
+
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {
+  if (x != x) return bf16{0x7fc0};
+  const uint32_t bits = float_bits(x);
+  return bf16{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline fp16 from_float<fp16>(float x) {
+#if defined(__F16C__)
+  return fp16{uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t bits = float_bits(x);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return fp16{uint16_t(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return fp16{uint16_t(sign | 0x7c00u)};  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {
+    // Adding 0.5 leaves a subnormal half in the low mantissa bits, rounded to nearest even by the hardware.
+    return fp16{uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u))};
+  }
+  return fp16{uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13))};
+#endif
+}
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+
+inline Vec vzero() { return _mm512_setzero_ps(); }
+inline Vec vset(float x) { return _mm512_set1_ps(x); }
+inline Vec vload(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec vload(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline Vec vload(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec vabs(Vec a) { return _mm512_abs_ps(a); }
+inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float vsum(Vec a) { return _mm512_reduce_add_ps(a); }
+inline float vmax_all(Vec a) { return _mm512_reduce_max_ps(a); }
+inline bool vany_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+
+// Round to nearest even, subnormals kept (the hardware's own bf16 conversion flushes them), NaN kept quiet.
+inline __m256i vround_bf16(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(rounded);
+}
+inline __m256i vround_fp16(Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void vstore(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_bf16(x)); }
+inline void vstore(fp16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_fp16(x)); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+
+inline Vec vzero() { return _mm256_setzero_ps(); }
+inline Vec vset(float x) { return _mm256_set1_ps(x); }
+inline Vec vload(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec vload(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline Vec vload(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec vabs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline float vsum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float vmax_all(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline bool vany_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
+
+inline __m128i vround_bf16(Vec x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+inline __m128i vround_fp16(Vec x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void vstore(bf16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_bf16(x)); }
+inline void vstore(fp16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_fp16(x)); }
+
+#else
+
+constexpr int kLanes = 1;
+using Vec = float;
+
+inline Vec vzero() { return 0.0f; }
+inline Vec vset(float x) { return x; }
+template <class T>
+inline Vec vload(const T* p) {
+  return to_float(*p);
+}
+template <class T>
+inline void vstore(T* p, Vec x) {
+  *p = from_float<T>(x);
+}
+inline Vec vadd(Vec a, Vec b) { return a + b; }
+inline Vec vmul(Vec a, Vec b) { return a * b; }
+inline Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec vabs(Vec a) { return bits_float(float_bits(a) & 0x7fffffffu); }
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+inline float vsum(Vec a) { return a; }
+inline float vmax_all(Vec a) { return a; }
+inline bool vany_nan(Vec a) { return a != a; }
+
+#endif
+
+}  // namespace
+}  // namespace PYFINETUNE_ISA
+}  // namespace pyfinetune

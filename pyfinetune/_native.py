@@ -1,0 +1,30 @@
+"""The door to the native module: torch first, then `_C`, and tensors handed over as DLPack capsules.
+
+torch is imported first on purpose: its wheel carries the OpenMP runtime, and the native module then shares that one
+copy instead of mapping a second one that would fight it for the cores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.dlpack import to_dlpack
+
+try:
+    from pyfinetune import _C
+except ImportError as error:
+    raise ImportError(
+        f"pyfinetune's native module did not load ({error}). Build it with `pip install .` in a checkout, or install a "
+        "wheel for this Python version and platform."
+    ) from error
+
+native = _C
+
+
+def capsule(tensor: torch.Tensor | None):
+    """The tensor's memory as a DLPack capsule, which keeps that memory alive; None stays None."""
+    return None if tensor is None else to_dlpack(tensor.detach())
+
+
+def threads() -> int:
+    """How many threads a kernel may use: what torch itself would."""
+    return torch.get_num_threads()

@@ -1,0 +1,5 @@
+"""The ops: each a public function here, a contract in its file, and kernels behind it."""
+
+from pyfinetune.ops.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
+
+__all__ = ["Packed4bit", "dequantize_4bit", "quantize_4bit"]

@@ -1,0 +1,203 @@
+"""The contract that every op keeps: schema, check, fake, reference, backward, backends; in one object.
+
+An `Op` registers itself with `torch.library` and is called like a function with the schema's arguments. On each call
+it checks them (in eager mode and while tracing alike), picks a backend by a pure function of the arguments' metadata,
+and runs it. The public function of an op turns friendly arguments into the schema's with `prepare`, which is also what
+lets `explain` answer for a call without making it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyfinetune.errors import BackendUnavailable, InvalidInput
+
+LIBRARY = torch.library.Library("pyfinetune", "DEF")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+REGISTRY: dict[str, Op] = {}
+
+# Process-wide, not per context: autograd runs a backward on threads of its own, which must see the same choice.
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: one of `BACKENDS`.
+        run: the implementation; takes the schema's arguments.
+        why_not: the reason why `run` cannot take these arguments, or None when it can; looks at metadata only.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of `explain`: a backend, and why it was not chosen (None for the chosen one)."""
+
+    backend: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason or 'chosen'}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: the chosen backend and every candidate with its reason."""
+
+    op: str
+    backend: str
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.op}: {self.backend}", *(f"  {choice}" for choice in self.choices)])
+
+
+class Op:
+    """One operator of the library.
+
+    Args:
+        name: the op's name, as in `torch.ops.pyfinetune.<name>`.
+        schema: the torch.library schema behind the name, "(Tensor x, ...) -> Tensor".
+        check: raises InvalidInput on arguments that the op does not take; metadata only, so that it also runs on fakes.
+        fake: shapes and dtypes of the results for tracing; arguments have been checked.
+        reference: the plain torch implementation; any device, any float dtype.
+        backends: faster implementations, best first. The reference is always there, last.
+        prepare: the public function's arguments -> the schema's; used by `explain`.
+        setup_context, backward: as in `torch.library.register_autograd`; None for an op without gradients.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        backends: Sequence[Backend] = (),
+        prepare: Callable[..., tuple] | None = None,
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ):
+        self.name, self.check, self.fake, self.prepare = name, check, fake, prepare
+        self.backends = (*backends, Backend("reference", reference, lambda *args: None))
+        LIBRARY.define(f"{name}{schema}")
+        LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pyfinetune::{name}", self._fake, lib=LIBRARY)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"pyfinetune::{name}", backward, setup_context=setup_context, lib=LIBRARY
+            )
+        self.overload = getattr(torch.ops.pyfinetune, name).default
+        REGISTRY[name] = self
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+    def _run(self, *args):
+        self.check(*args)
+        return self.choose(*args).run(*args)
+
+    def _fake(self, *args):
+        self.check(*args)
+        return self.fake(*args)
+
+    def choose(self, *args) -> Backend:
+        """The backend that a call with these arguments runs on.
+
+        Raises:
+            BackendUnavailable: a backend is forced by name and cannot take the arguments.
+        """
+        if _forced is None:
+            return next(backend for backend in self.backends if backend.why_not(*args) is None)
+        for backend in self.backends:
+            if backend.name == _forced:
+                reason = backend.why_not(*args)
+                if reason is None:
+                    return backend
+                raise BackendUnavailable(f"{self.name}: backend {_forced!r} cannot run here: {reason}")
+        raise BackendUnavailable(f"{self.name}: has no {_forced!r} backend")
+
+    def explain(self, *args) -> Explanation:
+        """Every backend of the op and whether it would take these arguments; nothing is computed."""
+        self.check(*args)
+        chosen = self.choose(*args).name
+        present = {backend.name: backend.why_not(*args) for backend in self.backends}
+        choices = []
+        for name in BACKENDS:
+            if name == chosen:
+                reason = None
+            elif name not in present:
+                reason = "this op has no such backend"
+            else:
+                reason = present[name] or ("another backend is forced" if _forced else "a faster backend was chosen")
+            choices.append(Choice(name, reason))
+        return Explanation(self.name, chosen, tuple(choices))
+
+
+def _validated(name: str | None, source: str) -> str | None:
+    if name and name not in BACKENDS:
+        raise InvalidInput(f"{source}: {name!r} is no backend; choose from {', '.join(BACKENDS)}")
+    return name or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op inside the block, in the whole process.
+
+    A forced backend that cannot take a call raises; it never falls back silently. The environment variable
+    PYFINETUNE_BACKEND does the same for a whole run.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        InvalidInput: the name is none of these.
+
+    Example:
+        >>> with pf.use_backend("reference"):
+        ...     weight = pf.ops.dequantize_4bit(packed)
+    """
+    global _forced
+    previous, _forced = _forced, _validated(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def explain(op: str, *args, **kwargs) -> Explanation:
+    """Which backend a call would run on, and why not the others.
+
+    Args:
+        op: the name of a public op, such as "dequantize_4bit".
+        *args, **kwargs: what would be passed to `pf.ops.<op>`.
+
+    Returns:
+        An `Explanation`; print it, or read `.backend` and `.choices`.
+
+    Raises:
+        InvalidInput: the op does not exist or does not take these arguments.
+
+    Example:
+        >>> print(pf.explain("dequantize_4bit", packed))
+    """
+    known = {name: o for name, o in REGISTRY.items() if o.prepare is not None}
+    if op not in known:
+        raise InvalidInput(f"explain: {op!r} is no op; choose from {', '.join(sorted(known))}")
+    return known[op].explain(*known[op].prepare(*args, **kwargs))
+
+
+_forced = _validated(os.environ.get("PYFINETUNE_BACKEND"), "PYFINETUNE_BACKEND")

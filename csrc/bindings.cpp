@@ -239,6 +239,16 @@ void small_matmul_4bit(const py::object& x, const py::tuple& packed, int64_t out
                            usable);
 }
 
+void row_squares(const py::object& weight, const py::object& squares, int threads) {
+  const char* op = "lora_linear";
+  const TensorView w = matrix(weight, op, "weight");
+  auto* sums = static_cast<float*>(flat(squares, op, "squares", DType::f32, w.shape[0]).data);
+  const KernelTable& chosen = kernels();
+  const int usable = usable_threads(threads);
+  py::gil_scoped_release release;
+  chosen.row_squares(w.data, w.dtype, w.shape[0], w.shape[1], w.strides[0], sums, usable);
+}
+
 void dropout(const py::object& x, const py::object& out, double p, int64_t seed, int threads) {
   const char* op = "lora_linear";
   const TensorView input = view_of(x, op, "x");
@@ -316,6 +326,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_4bit", &quantize_4bit);
   m.def("quantize_absmax", &quantize_absmax);
   m.def("small_matmul_4bit", &small_matmul_4bit);
+  m.def("row_squares", &row_squares);
   m.def("dropout", &dropout);
 #if defined(PYFINETUNE_CUDA_ARCHS)
   m.attr("cuda_archs") = PYFINETUNE_CUDA_ARCHS;

@@ -38,6 +38,7 @@ struct KernelTable {
   void (*quantize_absmax)(const float* centred, int64_t n, int block_shift, const uint8_t* nearest, uint8_t* codes,
                           float* absmax, int threads);
   void (*small_matmul_4bit)(const Packed4bit&, const SmallMatmul&, int threads);
+  void (*row_squares)(const void* w, DType, int64_t rows, int64_t cols, int64_t stride, float* squares, int threads);
   void (*dropout)(const void* x, void* out, DType, int64_t n, double p, uint64_t seed, int threads);
 };
 

@@ -21,6 +21,7 @@ const KernelTable table = {
     quantize_4bit,
     quantize_absmax,
     small_matmul_4bit,
+    row_squares,
     dropout,
 };
 

@@ -99,7 +99,7 @@ void small_matmul(const Packed4bit& w, const SmallMatmul& p, int threads) {
         for (int r = 0; r < kRows; ++r) {
           T* row = scratch + r * kDepth;
           const int64_t flat = (n + (r < rows ? r : 0)) * p.k + k;
-          decode_range(w, flat, flat + depth, row);
+          decode_range(w, flat, flat + depth, row, false);
           for (int i = depth; i < padded; ++i) row[i] = from_float<T>(0.0f);
         }
         dot_rows(scratch, x + k, p.x_stride, int(p.m), padded, acc);
@@ -120,6 +120,32 @@ void small_matmul_4bit(const Packed4bit& w, const SmallMatmul& p, int threads) {
 #else
   if (p.dtype == DType::bf16) small_matmul<bf16, float>(w, p, threads);
 #endif
+}
+
+// squares[i] = sum of w[i, k]^2, in float32.
+template <class T>
+void row_squares_of(const T* w, int64_t rows, int64_t cols, int64_t stride, float* squares, int threads) {
+  parallel_for(rows, max64(1, (int64_t(1) << 15) / max64(cols, 1)), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = w + i * stride;
+      Vec sum0 = vzero(), sum1 = vzero();  // two chains hide the latency of the multiply-add
+      int64_t k = 0;
+      for (; k + 2 * kLanes <= cols; k += 2 * kLanes) {
+        const Vec x0 = vload(row + k), x1 = vload(row + k + kLanes);
+        sum0 = vfma(x0, x0, sum0);
+        sum1 = vfma(x1, x1, sum1);
+      }
+      float total = vsum(vadd(sum0, sum1));
+      for (; k < cols; ++k) total += to_float(row[k]) * to_float(row[k]);
+      squares[i] = total;
+    }
+  });
+}
+
+void row_squares(const void* w, DType dtype, int64_t rows, int64_t cols, int64_t stride, float* squares, int threads) {
+  if (dtype == DType::f32) row_squares_of(static_cast<const float*>(w), rows, cols, stride, squares, threads);
+  if (dtype == DType::f16) row_squares_of(static_cast<const fp16*>(w), rows, cols, stride, squares, threads);
+  if (dtype == DType::bf16) row_squares_of(static_cast<const bf16*>(w), rows, cols, stride, squares, threads);
 }
 
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i is word i % 4 of the

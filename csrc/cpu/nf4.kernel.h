@@ -51,16 +51,25 @@ inline DecodeTable<float> make_table<float>(const float* quant_map, float scale)
 // Decodes 2 * kStep elements from kStep bytes.
 constexpr int kStep16 = 16, kStep32 = 8;
 
-template <class T>
+template <bool kStream>
+inline void put(void* out, __m512i x) {
+  if (kStream)
+    _mm512_stream_si512((__m512i*)out, x);
+  else
+    _mm512_storeu_si512(out, x);
+}
+
+template <bool kStream, class T>
 inline void decode_step(const DecodeTable<T>& table, const uint8_t* bytes, T* out) {
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
   const __m512i index = _mm512_or_si512(_mm512_slli_epi32(wide, 16), _mm512_srli_epi32(wide, 4));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.wide));
+  put<kStream>(out, _mm512_permutexvar_epi16(index, table.wide));
 }
+template <bool kStream>
 inline void decode_step(const DecodeTable<float>& table, const uint8_t* bytes, float* out) {
   const __m512i wide = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)bytes));
   const __m512i index = _mm512_or_si512(_mm512_slli_epi64(wide, 32), _mm512_srli_epi64(wide, 4));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi32(index, table.wide));
+  put<kStream>(out, _mm512_permutexvar_epi32(index, table.wide));
 }
 
 #elif defined(__AVX2__)
@@ -92,7 +101,15 @@ inline DecodeTable<float> make_table<float>(const float* quant_map, float scale)
 
 constexpr int kStep16 = 16, kStep32 = 4;
 
-template <class T>
+template <bool kStream>
+inline void put(void* out, __m256i x) {
+  if (kStream)
+    _mm256_stream_si256((__m256i*)out, x);
+  else
+    _mm256_storeu_si256((__m256i*)out, x);
+}
+
+template <bool kStream, class T>
 inline void decode_step(const DecodeTable<T>& table, const uint8_t* bytes, T* out) {
   const __m128i packed = _mm_loadu_si128((const __m128i*)bytes);
   const __m128i nibble = _mm_set1_epi8(15);
@@ -101,9 +118,10 @@ inline void decode_step(const DecodeTable<T>& table, const uint8_t* bytes, T* ou
   const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
   // Each lane interleaves to 16 words; the lanes' halves then go back into element order.
   const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
-  _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(first, second, 0x20));
-  _mm256_storeu_si256((__m256i*)out + 1, _mm256_permute2x128_si256(first, second, 0x31));
+  put<kStream>(out, _mm256_permute2x128_si256(first, second, 0x20));
+  put<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
 }
+template <bool kStream>
 inline void decode_step(const DecodeTable<float>& table, const uint8_t* bytes, float* out) {
   uint32_t word;
   __builtin_memcpy(&word, bytes, 4);
@@ -113,7 +131,7 @@ inline void decode_step(const DecodeTable<float>& table, const uint8_t* bytes, f
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_castsi256_ps(table.high), index);
   // Bit 3 of the code, moved to the sign bit, chooses the half of the table.
   const __m256 choose = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-  _mm256_storeu_ps(out, _mm256_blendv_ps(low, high, choose));
+  put<kStream>(out, _mm256_castps_si256(_mm256_blendv_ps(low, high, choose)));
 }
 
 #else
@@ -126,42 +144,58 @@ inline DecodeTable<T> make_table(const float* quant_map, float scale) {
 
 constexpr int kStep16 = 1, kStep32 = 1;
 
-template <class T>
+template <bool kStream, class T>
 inline void decode_step(const DecodeTable<T>& table, const uint8_t* bytes, T* out) {
   out[0] = table.entries[*bytes >> 4];
   out[1] = table.entries[*bytes & 15];
 }
 #endif
 
-// Elements [begin, end) of the flat weight into out; any begin and end, odd ones too.
-template <class T>
-void decode_range(const Packed4bit& w, int64_t begin, int64_t end, T* out) {
+template <bool kStream, class T>
+inline T* decode_span(const DecodeTable<T>& table, const uint8_t* codes, int64_t& i, int64_t stop, T* out) {
   constexpr int kStep = sizeof(T) == 4 ? kStep32 : kStep16;
+  for (; i + 2 * kStep <= stop; i += 2 * kStep, out += 2 * kStep) decode_step<kStream>(table, codes + (i >> 1), out);
+  return out;
+}
+
+// Elements [begin, end) of the flat weight into out; any begin and end, odd ones too. With `stream`, aligned blocks are
+// written past the caches: a large output is not read back from there, and a scratch that another core has just read
+// would otherwise be fetched from that core line by line (up to 15 times slower, when the cores share no cache).
+template <class T>
+void decode_range(const Packed4bit& w, int64_t begin, int64_t end, T* out, bool stream) {
   const uint8_t* codes = w.codes;
   for (int64_t i = begin; i < end;) {
     const int64_t block = i >> w.block_shift;
     const int64_t stop = min64(end, (block + 1) << w.block_shift);
     const DecodeTable<T> table = make_table<T>(w.quant_map, block_scale(w, block));
     if (i & 1) *out++ = table.entries[code_at(codes, i++)];
-    for (; i + 2 * kStep <= stop; i += 2 * kStep, out += 2 * kStep) decode_step(table, codes + (i >> 1), out);
+    if (stream && (uintptr_t(out) & 63) == 0)
+      out = decode_span<true>(table, codes, i, stop, out);
+    else
+      out = decode_span<false>(table, codes, i, stop, out);
     for (; i < stop; ++i) *out++ = table.entries[code_at(codes, i)];
   }
+  if (stream) vfence();
 }
+
+constexpr int64_t kStreamBytes = 1 << 20;  // outputs from here on are written past the caches
 
 template <class T>
 void decode_tile(const Packed4bit& w, const Tile& tile, T* out, int threads) {
   const int64_t width = tile.col_end - tile.col_begin, height = tile.row_end - tile.row_begin;
+  const bool stream = width * height * int64_t(sizeof(T)) >= kStreamBytes;
   if (tile.out_stride == tile.cols && width == tile.cols) {  // one flat range
     const int64_t first = tile.row_begin * tile.cols, total = height * width;
     // A grain is a multiple of every block size, so that threads share no table.
-    parallel_for(total, int64_t(1) << 15, threads,
-                 [&](int64_t begin, int64_t end) { decode_range(w, first + begin, first + end, out + begin); });
+    parallel_for(total, int64_t(1) << 15, threads, [&](int64_t begin, int64_t end) {
+      decode_range(w, first + begin, first + end, out + begin, stream);
+    });
     return;
   }
   parallel_for(height, max64(1, (int64_t(1) << 15) / max64(width, 1)), threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t flat = (tile.row_begin + row) * tile.cols;
-      decode_range(w, flat + tile.col_begin, flat + tile.col_end, out + row * tile.out_stride);
+      decode_range(w, flat + tile.col_begin, flat + tile.col_end, out + row * tile.out_stride, stream);
     }
   });
 }
@@ -173,23 +207,29 @@ void dequantize_4bit(const Packed4bit& w, const Tile& tile, void* out, DType dty
 }
 
 template <class T>
+struct BitsOf {
+  using type = uint16_t;
+};
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+
+// Without its sign bit a float orders like an integer, with NaN above infinity: the largest magnitude is an integer
+// maximum over twice as many lanes of a 16-bit type as its float form would take, and NaN wins by itself.
+template <class T>
 float block_absmax(const T* w, int64_t n) {
-  Vec largest = vzero();
-  bool nan = false;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec x = vload(w + i);
-    nan |= vany_nan(x);
-    largest = vmax(largest, vabs(x));
+  using Bits = typename BitsOf<T>::type;
+  const Bits* bits = reinterpret_cast<const Bits*>(w);
+  constexpr Bits kMagnitude = Bits(~Bits(0)) >> 1;
+  Bits largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits magnitude = bits[i] & kMagnitude;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  float result = vmax_all(largest);
-  for (; i < n; ++i) {
-    const float x = to_float(w[i]);
-    nan |= x != x;
-    const float magnitude = bits_float(float_bits(x) & 0x7fffffffu);
-    result = magnitude > result ? magnitude : result;
-  }
-  return nan ? bits_float(0x7fc00000u) : result;
+  T value;
+  __builtin_memcpy(&value, &largest, sizeof(T));
+  return to_float(value);
 }
 
 struct EncodeVecs {

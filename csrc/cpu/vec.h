@@ -77,6 +77,13 @@ inline fp16 from_float<fp16>(float x) {
 #endif
 }
 
+// Orders streamed stores before whatever tells another thread that they are done.
+inline void vfence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from pyfinetune.errors import InvalidInput
@@ -10,25 +12,25 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL_FLOATS = (*FLOATS, torch.float64)
 
 
-def require(condition: bool, op: str, message: str) -> None:
-    """Raise InvalidInput("op: message") unless the condition holds."""
-    if not condition:
-        raise InvalidInput(f"{op}: {message}")
+def fail(op: str, message: str) -> NoReturn:
+    """Raise InvalidInput("op: message"); behind an `if`, so that a good call never pays for a message."""
+    raise InvalidInput(f"{op}: {message}")
 
 
 def check_tensor(op: str, name: str, value, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
     """The value is a tensor of one of the dtypes."""
-    require(isinstance(value, torch.Tensor), op, f"{name} is {type(value).__name__}, needs a tensor")
+    if not isinstance(value, torch.Tensor):
+        fail(op, f"{name} is {type(value).__name__}, needs a tensor")
     if dtypes is not None and value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InvalidInput(f"{op}: {name} is {str(value.dtype).removeprefix('torch.')}, needs {wanted}")
+        fail(op, f"{name} is {str(value.dtype).removeprefix('torch.')}, needs {wanted}")
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All tensors given are on one device."""
     present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(present.values())) > 1:
-        raise InvalidInput(f"{op}: " + ", ".join(f"{name} is on {device}" for name, device in present.items()))
+        fail(op, ", ".join(f"{name} is on {device}" for name, device in present.items()))
 
 
 def cpu_why_not(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:

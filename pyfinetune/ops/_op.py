@@ -97,9 +97,7 @@ class Op:
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfinetune::{name}", self._fake, lib=LIBRARY)
         if backward is not None:
-            torch.library.register_autograd(
-                f"pyfinetune::{name}", backward, setup_context=setup_context, lib=LIBRARY
-            )
+            torch.library.register_autograd(f"pyfinetune::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.overload = getattr(torch.ops.pyfinetune, name).default
         REGISTRY[name] = self
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import torch
 
 from pyfinetune._native import capsule, native, threads
-from pyfinetune.errors import InvalidInput
-from pyfinetune.ops._checks import FLOATS, check_same_device, check_tensor, cpu_why_not, require
+from pyfinetune.ops._checks import FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -82,14 +80,7 @@ class Packed4bit:
         return Packed4bit(*moved, self.block_size, self.nested_block_size, self.quant_type, self.shape, self.dtype)
 
 
-@functools.cache
-def quant_map_of(quant_type: str) -> torch.Tensor:
-    """float32 [16]: the value of each code."""
-    return torch.tensor(native.code_table(quant_type), dtype=torch.float32)
-
-
-@functools.cache
-def nested_map() -> torch.Tensor:
+def _make_nested_map() -> torch.Tensor:
     """float32 [256]: the signed dynamic 8-bit map of double quantization, ascending.
 
     Seven decades, each twice as finely divided as the one below: in decade i, 2**i midpoints of an even division of
@@ -103,37 +94,42 @@ def nested_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-@functools.cache
-def nested_nearest() -> torch.Tensor:
-    """uint8 [65536]: the nearest 8-bit code of each of 65,536 evenly spaced positions of [-1, 1]."""
-    codes = nested_map()
-    positions = torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1
-    return torch.bucketize(positions, (codes[:-1] + codes[1:]) / 2).to(torch.uint8)
+# Constants of the format, on the CPU: the value of each 4-bit code, of each 8-bit code, and the nearest 8-bit code of
+# each of 65,536 evenly spaced positions of [-1, 1].
+QUANT_MAPS = {kind: torch.tensor(native.code_table(kind), dtype=torch.float32) for kind in QUANT_TYPES}
+NESTED_MAP = _make_nested_map()
+NESTED_NEAREST = torch.bucketize(
+    torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1, (NESTED_MAP[:-1] + NESTED_MAP[1:]) / 2
+).to(torch.uint8)
 
 
 def _num_blocks(numel: int, block_size: int) -> int:
     return (numel + block_size - 1) // block_size
 
 
+def _check_size(op: str, name: str, tensor: torch.Tensor, size: int) -> None:
+    if tensor.numel() != size:
+        fail(op, f"{name} has {tensor.numel()} elements, needs {size}")
+
+
 def check_packed(op: str, codes, absmax, quant_map, nested, block_size: int, nested_block_size: int, numel) -> None:
     """The parts of a packed weight of `numel` elements fit each other; `nested` is the last three tensors."""
-    require(block_size in BLOCK_SIZES, op, f"block_size is {block_size}, needs one of {BLOCK_SIZES}")
+    if block_size not in BLOCK_SIZES:
+        fail(op, f"block_size is {block_size}, needs one of {BLOCK_SIZES}")
     nested_absmax, nested_quant_map, nested_offset = nested
     check_tensor(op, "codes", codes, (torch.uint8,))
     check_tensor(op, "quant_map", quant_map, (torch.float32,))
-    require(quant_map.numel() == 16, op, f"quant_map has {quant_map.numel()} elements, needs 16")
-    need = (numel + 1) // 2
-    require(
-        codes.numel() == need, op, f"codes has {codes.numel()} bytes, needs {need} ({numel} values, two in a byte)"
-    )
-    blocks = _num_blocks(numel, block_size)
     check_tensor(op, "absmax", absmax, (torch.float32,) if nested_absmax is None else (torch.uint8,))
-    require(
-        absmax.numel() == blocks,
-        op,
-        f"absmax has {absmax.numel()} element{'s' * (absmax.numel() != 1)}, needs {blocks} "
-        f"({numel} values / block_size {block_size})",
-    )
+    _check_size(op, "quant_map", quant_map, 16)
+    blocks = _num_blocks(numel, block_size)
+    if codes.numel() != (numel + 1) // 2:
+        fail(op, f"codes has {codes.numel()} bytes, needs {(numel + 1) // 2} ({numel} values, two in a byte)")
+    if absmax.numel() != blocks:
+        plural = "" if absmax.numel() == 1 else "s"
+        fail(
+            op,
+            f"absmax has {absmax.numel()} element{plural}, needs {blocks} ({numel} values / block_size {block_size})",
+        )
     check_same_device(
         op,
         codes=codes,
@@ -145,15 +141,12 @@ def check_packed(op: str, codes, absmax, quant_map, nested, block_size: int, nes
     )
     if nested_absmax is None:
         return
-    require(
-        nested_block_size > 0 and nested_block_size & (nested_block_size - 1) == 0,
-        op,
-        f"nested_block_size is {nested_block_size}, needs a power of two",
-    )
+    if nested_block_size <= 0 or nested_block_size & (nested_block_size - 1):
+        fail(op, f"nested_block_size is {nested_block_size}, needs a power of two")
     sizes = {"nested_absmax": _num_blocks(blocks, nested_block_size), "nested_quant_map": 256, "nested_offset": 1}
     for (name, size), tensor in zip(sizes.items(), nested, strict=True):
         check_tensor(op, name, tensor, (torch.float32,))
-        require(tensor.numel() == size, op, f"{name} has {tensor.numel()} elements, needs {size}")
+        _check_size(op, name, tensor, size)
 
 
 # --- quantize_4bit: weight -> codes, absmax
@@ -161,8 +154,10 @@ def check_packed(op: str, codes, absmax, quant_map, nested, block_size: int, nes
 
 def _check_quantize(weight, block_size, quant_type):
     check_tensor("quantize_4bit", "weight", weight, FLOATS)
-    require(block_size in BLOCK_SIZES, "quantize_4bit", f"block_size is {block_size}, needs one of {BLOCK_SIZES}")
-    require(quant_type in QUANT_TYPES, "quantize_4bit", f"quant_type is {quant_type!r}, needs one of {QUANT_TYPES}")
+    if block_size not in BLOCK_SIZES:
+        fail("quantize_4bit", f"block_size is {block_size}, needs one of {BLOCK_SIZES}")
+    if quant_type not in QUANT_TYPES:
+        fail("quantize_4bit", f"quant_type is {quant_type!r}, needs one of {QUANT_TYPES}")
 
 
 def _fake_quantize(weight, block_size, quant_type):
@@ -174,7 +169,7 @@ def _fake_quantize(weight, block_size, quant_type):
 
 
 def _quantize_reference(weight, block_size, quant_type):
-    values = quant_map_of(quant_type).to(weight.device)
+    values = QUANT_MAPS[quant_type].to(weight.device)
     order = torch.tensor(native.code_order(quant_type), device=weight.device)
     pivots = (values[order[:-1]] + values[order[1:]]) / 2
     flat = weight.reshape(-1).float()
@@ -220,7 +215,7 @@ _quantize = Op(
 def _check_absmax(centred, nearest, block_size):
     check_tensor("quantize_absmax", "centred", centred, (torch.float32,))
     check_tensor("quantize_absmax", "nearest", nearest, (torch.uint8,))
-    require(nearest.numel() == 65536, "quantize_absmax", f"nearest has {nearest.numel()} elements, needs 65536")
+    _check_size("quantize_absmax", "nearest", nearest, 65536)
 
 
 def _fake_absmax(centred, nearest, block_size):
@@ -245,9 +240,7 @@ def _absmax_reference(centred, nearest, block_size):
 def _absmax_cpu(centred, nearest, block_size):
     centred = centred.contiguous()
     codes, absmax = _fake_absmax(centred, nearest, block_size)
-    native.quantize_absmax(
-        capsule(centred), block_size, capsule(nearest), capsule(codes), capsule(absmax), threads()
-    )
+    native.quantize_absmax(capsule(centred), block_size, capsule(nearest), capsule(codes), capsule(absmax), threads())
     return codes, absmax
 
 
@@ -289,13 +282,13 @@ def quantize_4bit(
     """
     check_tensor("quantize_4bit", "weight", weight)
     codes, absmax = _quantize(weight.detach(), block_size, quant_type)
-    quant_map = quant_map_of(quant_type).to(weight.device)
+    quant_map = QUANT_MAPS[quant_type].to(weight.device)
     shape, dtype = tuple(weight.shape), weight.dtype
     if not double_quant:
         return Packed4bit(codes, absmax, quant_map, None, None, None, block_size, 0, quant_type, shape, dtype)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    absmax8, nested_absmax = _quantize_absmax(absmax - offset, nested_nearest().to(weight.device), NESTED_BLOCK_SIZE)
-    nested = (nested_absmax, nested_map().to(weight.device), offset)
+    absmax8, nested_absmax = _quantize_absmax(absmax - offset, NESTED_NEAREST.to(weight.device), NESTED_BLOCK_SIZE)
+    nested = (nested_absmax, NESTED_MAP.to(weight.device), offset)
     return Packed4bit(codes, absmax8, quant_map, *nested, block_size, NESTED_BLOCK_SIZE, quant_type, shape, dtype)
 
 
@@ -303,8 +296,10 @@ def quantize_4bit(
 
 
 def _check_dequantize(codes, absmax, quant_map, n1, n2, n3, block_size, nested_block_size, shape, dtype):
-    require(all(size >= 0 for size in shape), "dequantize_4bit", f"shape is {list(shape)}, has a negative size")
-    require(dtype in FLOATS, "dequantize_4bit", f"dtype is {dtype}, needs float32, float16 or bfloat16")
+    if any(size < 0 for size in shape):
+        fail("dequantize_4bit", f"shape is {list(shape)}, has a negative size")
+    if dtype not in FLOATS:
+        fail("dequantize_4bit", f"dtype is {dtype}, needs float32, float16 or bfloat16")
     numel = math.prod(shape)
     check_packed("dequantize_4bit", codes, absmax, quant_map, (n1, n2, n3), block_size, nested_block_size, numel)
 
@@ -322,7 +317,7 @@ def decoded_absmax(absmax, nested, nested_block_size):
     return nested_quant_map.reshape(-1)[absmax.reshape(-1).long()] * scale + nested_offset
 
 
-def _dequantize_reference(codes, absmax, quant_map, n1, n2, n3, block_size, nested_block_size, shape, dtype):
+def dequantize_reference(codes, absmax, quant_map, n1, n2, n3, block_size, nested_block_size, shape, dtype):
     numel = math.prod(shape)
     scales = decoded_absmax(absmax, (n1, n2, n3), nested_block_size)
     flat = codes.reshape(-1)
@@ -396,7 +391,8 @@ def _dequantize_triton(*args):
 
 
 def _prepare_dequantize(packed: Packed4bit, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> tuple:
-    require(isinstance(packed, Packed4bit), "dequantize_4bit", f"packed is {type(packed).__name__}, needs a Packed4bit")
+    if not isinstance(packed, Packed4bit):
+        fail("dequantize_4bit", f"packed is {type(packed).__name__}, needs a Packed4bit")
     if dtype is None:
         dtype = packed.dtype if out is None else out.dtype
     return (*packed.tensors(), packed.block_size, packed.nested_block_size, packed.shape, dtype)
@@ -412,7 +408,7 @@ _dequantize = Op(
     f"({_PACKED}) -> Tensor",
     check=_check_dequantize,
     fake=_fake_dequantize,
-    reference=_dequantize_reference,
+    reference=dequantize_reference,
     backends=[
         Backend("cuda", _dequantize_cuda, _cuda_why_not),
         Backend("triton", _dequantize_triton, _triton_why_not),
@@ -427,10 +423,10 @@ def _check_dequantize_out(*args):
     _check_dequantize(*packed)
     shape, dtype = packed[-2:]
     check_tensor("dequantize_4bit", "out", out, (dtype,))
-    require(
-        tuple(out.shape) == tuple(shape), "dequantize_4bit", f"out is {list(out.shape)}, needs {list(shape)}"
-    )
-    require(out.is_contiguous(), "dequantize_4bit", "out is not contiguous")
+    if tuple(out.shape) != tuple(shape):
+        fail("dequantize_4bit", f"out is {list(out.shape)}, needs {list(shape)}")
+    if not out.is_contiguous():
+        fail("dequantize_4bit", "out is not contiguous")
     check_same_device("dequantize_4bit", codes=packed[0], out=out)
 
 
@@ -447,7 +443,7 @@ _dequantize_out = Op(
     f"({_PACKED}, Tensor(a!) out) -> ()",
     check=_check_dequantize_out,
     fake=lambda *args: None,
-    reference=lambda *args: args[-1].copy_(_dequantize_reference(*args[:-1])) and None,
+    reference=lambda *args: args[-1].copy_(dequantize_reference(*args[:-1])) and None,
     backends=[
         Backend("cuda", _into(_decode_cuda), _cuda_why_not),
         Backend("triton", _into(_decode_triton), _triton_why_not),
@@ -482,6 +478,6 @@ def dequantize_4bit(
         return _dequantize(*args)
     check_tensor("dequantize_4bit", "out", out)
     if out.requires_grad and torch.is_grad_enabled():
-        raise InvalidInput("dequantize_4bit: out requires grad; decode into a detached tensor")
+        fail("dequantize_4bit", "out requires grad; decode into a detached tensor")
     _dequantize_out(*args, out)
     return out

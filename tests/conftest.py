@@ -1,0 +1,32 @@
+"""Shared test settings: uninitialised memory is poisoned, seeds are fixed, real data is found by one variable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Deterministic mode fills torch.empty with NaN (or the largest integer), which shows unwritten outputs."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data sets; tests that need it skip where PYFINETUNE_TEST_DATA is not set."""
+    folder = os.environ.get("PYFINETUNE_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("PYFINETUNE_TEST_DATA names no folder of test data")
+    return Path(folder)

@@ -1,0 +1,288 @@
+"""The run's YAML file as a checked object: every key known, every value of the right kind, every mistake with its mend.
+
+YAML text -> `load_config` -> `RunConfig`, which the later steps (`data`, `tokenizing`, `model`, `loop`, `run`) read as
+plain values. Keys carry Hugging Face's names; the section `trainer:` is handed to `TrainingArguments` untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pyfinetune.errors import UserError
+
+Method = Literal["lora", "qlora", "full"]
+
+# Values that have a key of their own, so that one run has one answer to "where does it write, and from which seed".
+_OWNED_BY_CONFIG = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "eval_steps": "eval_steps",
+    "save_steps": "save_steps",
+    "resume_from_checkpoint": "resume",
+    "use_cpu": "device: cpu",
+}
+
+
+class RunConfig(BaseModel):
+    """One fine-tuning run, as its YAML file describes it.
+
+    Example:
+        >>> RunConfig(model_name_or_path="my-model", train_file="rows.jsonl", output_dir="out").method
+        'lora'
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_name_or_path: str
+    output_dir: str
+    train_file: str | list[str] | None = None
+    validation_file: str | list[str] | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    test_size: float | int | None = Field(default=None, gt=0)
+    columns: dict[str, str] = Field(default_factory=dict)
+    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
+
+    task: Literal["auto", "sft", "pretrain"] = "auto"
+    method: Method = "lora"
+    max_length: int = Field(default=1024, ge=2)
+    packing: bool = False
+    completion_only_loss: bool | None = None
+    chat_template: str = "auto"
+    eos_token: str | None = None
+
+    lora_r: int = Field(default=16, ge=1)
+    lora_alpha: float = Field(default=32, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attn_implementation: str | None = None
+    patch: bool = True
+
+    seed: int = Field(default=42, ge=0)
+    resume: str = "auto"
+    eval_steps: int | None = Field(default=None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> RunConfig:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError("give exactly one of train_file (a path) and dataset_name (a dataset's name or folder)")
+        if self.validation_file is not None and self.test_size is not None:
+            raise ValueError("give validation_file or test_size, not both: each decides what is held out")
+        if isinstance(self.test_size, float) and self.test_size >= 1:
+            raise ValueError(
+                f"test_size is {self.test_size}; a fraction lies between 0 and 1, a row count has no point"
+            )
+        held_out = self.validation_file is not None or self.test_size is not None
+        for key in ("early_stopping_patience", "eval_steps"):
+            if getattr(self, key) is not None and not held_out:
+                raise ValueError(f"{key} needs held-out rows; add validation_file or test_size (for example 0.1)")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("dataset_config_name belongs to dataset_name, which is not set")
+        return self
+
+    @property
+    def train_files(self) -> list[str]:
+        """Paths of the training files, in order."""
+        return _as_list(self.train_file)
+
+    @property
+    def validation_files(self) -> list[str]:
+        """Paths of the held-out files, in order; empty when `test_size` or nothing is held out."""
+        return _as_list(self.validation_file)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read and check a run's YAML file.
+
+    Args:
+        path: the YAML file.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown or a value wrong; names the file and the mend.
+
+    Example:
+        >>> load_config("run.yaml").output_dir  # doctest: +SKIP
+        'out'
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", fix="give the path of a YAML file: pyfinetune train run.yaml")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{place}: not valid YAML: {reason}", fix="correct that line") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds {type(content).__name__}, not keys and values",
+            fix="write lines such as `model_name_or_path: Qwen/Qwen2.5-0.5B`",
+        )
+    return parse_config(content, source=str(path))
+
+
+def parse_config(content: dict[str, Any], source: str = "config") -> RunConfig:
+    """Check a run's keys and values.
+
+    Args:
+        content: key to value, as read from YAML or written in Python.
+        source: the name that errors carry, usually the file's path.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is wrong.
+
+    Example:
+        >>> parse_config({"model_name_or_path": "m", "train_file": "a.json", "output_dir": "o"}).max_length
+        1024
+    """
+    for key in content:
+        if key not in RunConfig.model_fields:
+            raise _unknown_key(str(key), source)
+    method = content.get("method", "lora")
+    if method not in get_args(Method):
+        raise UserError(
+            f"{source}: method: {method!r} is not available",
+            fix=f"set method to one of {', '.join(get_args(Method))}",
+        )
+    if content.get("trainer", {}) is None:  # an empty `trainer:` line
+        content = {**content, "trainer": {}}
+    try:
+        config = RunConfig(**content)
+    except ValidationError as error:
+        raise _value_error(error, content, source) from None
+    check_trainer_section(config.trainer, source)
+    return config
+
+
+def check_trainer_section(section: dict[str, Any], source: str = "config") -> None:
+    """Check that every name in `trainer:` is one of `transformers.TrainingArguments` and has no key of its own.
+
+    Args:
+        section: the section's names and values.
+        source: the name that errors carry.
+
+    Raises:
+        UserError: a name is unknown, or is set through a top-level key.
+
+    Example:
+        >>> check_trainer_section({"learning_rate": 2e-4})
+    """
+    known = _training_arguments()
+    for name, value in section.items():
+        if name in _OWNED_BY_CONFIG:
+            raise UserError(
+                f"{source}: trainer: {name} has a key of its own", fix=f"use the top-level key {_OWNED_BY_CONFIG[name]}"
+            )
+        if name not in known:
+            if name in RunConfig.model_fields:
+                fix = f"move {name} out of the section trainer:, to the left margin"
+            else:
+                fix = _nearest(name, known) or "see transformers.TrainingArguments for the names"
+            raise UserError(f"{source}: trainer: {name} is not a training argument of transformers", fix=fix)
+        default = known[name]
+        # transformers itself would take the text and fail later, in the middle of an optimizer.
+        if type(default) in (bool, int, float) and not isinstance(value, (bool, int, float)):
+            kind = "a truth value" if isinstance(default, bool) else "a number"
+            raise UserError(
+                f"{source}: trainer: {name}: {value!r} is not {kind}",
+                fix=f"write a value such as {default}",
+            )
+
+
+def config_digest(config: RunConfig) -> dict[str, Any]:
+    """Plain JSON values of a configuration, for `run.json` and for comparing two runs.
+
+    Args:
+        config: a checked configuration.
+
+    Returns:
+        Key to JSON value, every key present.
+
+    Example:
+        >>> config_digest(RunConfig(model_name_or_path="m", train_file="a", output_dir="o"))["seed"]
+        42
+    """
+    return json.loads(config.model_dump_json())
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _training_argument_names() -> set[str]:
+    return set(_training_arguments())
+
+
+def _training_arguments() -> dict[str, Any]:
+    """Names of `TrainingArguments` with their default values."""
+    from transformers import TrainingArguments
+
+    return {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def _nearest(name: str, known: Any) -> str | None:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def _unknown_key(key: str, source: str) -> UserError:
+    if key in _training_argument_names():
+        fix = f"put it in the section trainer: (two spaces, then {key}: ...)"
+    else:
+        fix = _nearest(key, RunConfig.model_fields) or f"the known keys are {', '.join(sorted(RunConfig.model_fields))}"
+    return UserError(f"{source}: unknown key '{key}'", fix=fix)
+
+
+def _value_error(error: ValidationError, content: dict[str, Any], source: str) -> UserError:
+    problem = error.errors(include_url=False)[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "missing":
+        return UserError(f"{source}: {key} is missing", fix=f"add a line `{key}: ...`")
+    reason = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return UserError(f"{source}: {reason}", fix=f"edit {source}")
+    given = content.get(key)
+    return UserError(f"{source}: {key}: {given!r} will not do: {reason}", fix=f"correct the value of {key}")

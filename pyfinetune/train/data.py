@@ -1,0 +1,322 @@
+"""Files into rows: JSON, JSONL, CSV, TSV, Parquet and plain text, each row knowing the file and number it came from.
+
+Path -> `load_rows` -> list of `Row` -> `formats.to_examples`. A broken file or row is an error naming both.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyfinetune.errors import UserError
+
+_KINDS = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file.
+
+    Args:
+        fields: column name to value.
+        file: the file it came from, for messages.
+        number: 1-based row number in that file (for JSONL the line).
+    """
+
+    fields: dict[str, Any]
+    file: str
+    number: int
+
+    @property
+    def place(self) -> str:
+        """File and row number, as messages carry them."""
+        return f"{self.file}, row {self.number}"
+
+
+def load_rows(paths: Sequence[str], sample_by: str = "auto") -> list[Row]:
+    """Read every row of the given files.
+
+    Args:
+        paths: files to read, in order; the ending says what each is, and a further `.gz` is unpacked.
+        sample_by: what one row of a plain text file is: `line`, `paragraph` (blank lines between), `document` (the
+            whole file), or `auto`: paragraphs where the file has blank lines, else lines.
+
+    Returns:
+        The rows, in file order.
+
+    Raises:
+        UserError: a file is missing, empty, of an unknown kind, or broken; names the file, the row and the mend.
+
+    Example:
+        >>> load_rows(["train.jsonl"])[0].place  # doctest: +SKIP
+        'train.jsonl, row 1'
+    """
+    rows: list[Row] = []
+    for path in paths:
+        found = list(_read(Path(path), sample_by))
+        if not found:
+            raise UserError(f"{path}: holds no rows", fix="give a file with at least one row")
+        rows.extend(found)
+    return rows
+
+
+def load_dataset_rows(name: str, config_name: str | None = None, split: str = "train") -> list[Row]:
+    """Read every row of a split of a dataset known to the `datasets` library.
+
+    Args:
+        name: a dataset's name on the Hugging Face hub, or a folder of data files.
+        config_name: the dataset's configuration, where it has several.
+        split: the split to read.
+
+    Returns:
+        The rows, in the dataset's order.
+
+    Raises:
+        UserError: the dataset or the split is not there, or needs code of its own.
+
+    Example:
+        >>> len(load_dataset_rows("path/to/folder"))  # doctest: +SKIP
+        100
+    """
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, config_name, split=split)
+    except (
+        Exception
+    ) as error:  # the library raises a dozen unrelated types for "not there", "offline" and "no such split"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"dataset_name: {name!r} (split {split!r}) cannot be loaded: {reason}",
+            fix="check the name, or download the files and name them under train_file",
+        ) from error
+    return [Row(dict(fields), f"{name} ({split})", number) for number, fields in enumerate(dataset, start=1)]
+
+
+def split_rows(rows: Sequence[_Item], test_size: float | int, seed: int) -> tuple[list[_Item], list[_Item]]:
+    """Part rows into training and held-out rows, the same way for the same seed.
+
+    Args:
+        rows: the rows to part.
+        test_size: the held-out share (a float below 1) or their number (an int).
+        seed: decides which rows are held out.
+
+    Returns:
+        Training rows and held-out rows, each in the original order.
+
+    Raises:
+        UserError: the split would leave one of the two empty.
+
+    Example:
+        >>> [len(part) for part in split_rows(range(10), 0.2, seed=0)]
+        [8, 2]
+    """
+    held = round(len(rows) * test_size) if isinstance(test_size, float) else test_size
+    if isinstance(test_size, float):
+        held = max(held, 1)
+    if held >= len(rows):
+        raise UserError(
+            f"test_size: {test_size} of {len(rows)} rows leaves none to train on",
+            fix="lower test_size, add rows, or (for plain text) set sample_by: line or paragraph",
+        )
+    chosen = set(random.Random(seed).sample(range(len(rows)), held))
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def hash_files(paths: Iterable[str | Path]) -> str:
+    """SHA-256 over the contents of files, in the given order.
+
+    Args:
+        paths: the files.
+
+    Returns:
+        Hexadecimal digest.
+
+    Example:
+        >>> hash_files([])[:8]
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """SHA-256 over rows that did not come from files of ours.
+
+    Args:
+        rows: the rows.
+
+    Returns:
+        Hexadecimal digest.
+
+    Example:
+        >>> hash_rows([])[:8]
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path, sample_by: str) -> Iterator[Row]:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}", fix=f"correct the path (looked at {path.absolute()})")
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    kind = _KINDS.get(plain.suffix.lower())
+    if kind is None:
+        raise UserError(
+            f"{path}: unknown kind of file '{plain.suffix}'",
+            fix=f"convert it, or rename it to one of {', '.join(_KINDS)}",
+        )
+    if kind == "parquet":
+        yield from _read_parquet(path)
+        return
+    text = _read_text(path)
+    if kind == "text":
+        for number, piece in enumerate(_split_text(text, sample_by), start=1):
+            yield Row({"text": piece}, str(path), number)
+    elif kind in ("csv", "tsv"):
+        yield from _read_csv(path, text, "\t" if kind == "tsv" else ",")
+    elif kind == "jsonl" or not text.lstrip().startswith("["):  # many files called .json hold one object a line
+        yield from _read_jsonl(path, text)
+    else:
+        yield from _read_json(path, text)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: not a whole gzip file: {error}", fix="fetch or compress it again") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}: byte {error.start} is not UTF-8", fix="save the file as UTF-8 (iconv -t utf-8)"
+        ) from None
+
+
+def _split_text(text: str, sample_by: str) -> list[str]:
+    text = text.replace("\r\n", "\n")
+    if sample_by == "document":
+        pieces = [text]
+    elif sample_by == "paragraph" or (sample_by == "auto" and re.search(r"\n[ \t]*\n", text.strip())):
+        pieces = re.split(r"\n[ \t]*\n+", text)
+    else:
+        pieces = text.split("\n")
+    return [piece.strip("\n") for piece in pieces if piece.strip()]
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable Parquet file: {reason}", fix="write or fetch it again") from None
+    for number, fields in enumerate(rows, start=1):
+        yield Row(fields, str(path), number)
+
+
+def _read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # the default refuses answers over 128 KiB
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="\0extra", strict=True)
+    number = 0
+    try:
+        for number, fields in enumerate(reader, start=1):
+            if "\0extra" in fields or None in fields.values():
+                wanted = len(reader.fieldnames or ())
+                found = wanted + len(fields.get("\0extra", ())) - list(fields.values()).count(None)
+                raise UserError(
+                    f"{path}, row {number} (line {reader.line_num}): {found} cells, but {wanted} columns",
+                    fix="put quotes around cells that hold the delimiter or a line break",
+                )
+            yield Row(dict(fields), str(path), number)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, row {number + 1} (line {reader.reader.line_num}): broken CSV: {error}",
+            fix="correct the quotes there",
+        ) from None
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, row {number}: broken JSON: {error.msg} (column {error.colno})",
+                fix="each line holds one whole JSON object; correct that line",
+            ) from None
+        yield _json_row(path, number, fields)
+
+
+def _read_json(path: Path, text: str) -> Iterator[Row]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        number = _broken_row(text)
+        raise UserError(
+            f"{path}, row {number} (line {error.lineno}): broken JSON: {error.msg} (column {error.colno})",
+            fix="correct that row",
+        ) from None
+    for number, fields in enumerate(content, start=1):
+        yield _json_row(path, number, fields)
+
+
+def _json_row(path: Path, number: int, fields: Any) -> Row:
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"{path}, row {number}: holds {type(fields).__name__}, not an object",
+            fix='each row is an object such as {"prompt": "...", "completion": "..."}',
+        )
+    return Row(fields, str(path), number)
+
+
+def _broken_row(text: str) -> int:
+    """Number of the array element at which a JSON text stops being JSON."""
+    decoder, number = json.JSONDecoder(), 1
+    position = text.index("[") + 1
+    while True:
+        position = re.compile(r"\s*").match(text, position).end()
+        try:
+            _, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            return number
+        position = re.compile(r"\s*").match(text, position).end()
+        if text[position : position + 1] != ",":
+            return number
+        position += 1
+        number += 1

@@ -1,0 +1,210 @@
+"""The model of a run: its device and type, loaded, quantized, and given adapters.
+
+Name or folder -> `load_model` -> `add_adapters` -> `pf.patch` -> `packing.check_isolation` -> the trainer. Weights
+come from safetensors files only, and no code from a model's folder is ever run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import pyfinetune as pf
+from pyfinetune.errors import PyfinetuneError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a run.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        The torch device; `auto` takes a GPU where there is one.
+
+    Raises:
+        UserError: `cuda` was asked for and there is no GPU.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = (
+            "no CUDA GPU is visible" if torch.version.cuda else f"this torch ({torch.__version__}) is built for CPUs"
+        )
+        raise UserError(
+            f"device: cuda was asked for, but {reason}",
+            fix="set device: auto or cpu, or install a CUDA build of torch on a machine with a GPU",
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, method: str, checkpoint_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type of a run's weights.
+
+    Args:
+        dtype: `auto` or a type's name.
+        method: `lora`, `qlora` or `full`.
+        checkpoint_dtype: the type the checkpoint was saved in, where it says.
+        device: where the run will be.
+
+    Returns:
+        For `auto`: float32 for full fine-tuning, whose small updates bfloat16 would round away; with frozen weights
+        bfloat16 on a GPU that has it (else float16), and on a CPU the checkpoint's own type, float16 becoming float32.
+
+    Example:
+        >>> choose_dtype("auto", "full", torch.bfloat16, torch.device("cpu"))
+        torch.float32
+    """
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if method == "full":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return checkpoint_dtype if checkpoint_dtype in (torch.float32, torch.bfloat16) else torch.float32
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    method: str = "lora",
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, quantized to NF4 for `qlora`.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+        method: `lora`, `qlora` or `full`.
+        dtype: `auto` or a type's name; see `choose_dtype`.
+        device: where the run will be; None takes a GPU where there is one.
+        attn_implementation: a name as `transformers` knows it; None lets it choose.
+
+    Returns:
+        The model on `device`, its cache switched off.
+
+    Raises:
+        UserError: there is no such model, it has no safetensors weights, it needs code of its own, or it is no causal
+            language model.
+
+    Example:
+        >>> load_model("path/to/model", method="qlora")  # doctest: +SKIP
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = device or choose_device("auto")
+    where = f"model_name_or_path: {name_or_path!r}"
+    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+        raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(
+                f"{where} is already quantized, and this command starts from plain weights",
+                fix="give the model it was made from; method: qlora quantizes it while loading",
+            )
+        chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=chosen, use_safetensors=True, **_attention(attn_implementation)
+        )
+    except PyfinetuneError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{where} cannot be loaded: {reason}",
+            fix="give a causal language model's name on the hub, or its folder with config.json and .safetensors files",
+        ) from error
+    if method == "qlora":
+        pf.quantize(model)  # before the move: the full weights may not fit where the 4-bit ones do
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    target_modules: str | list[str] = "all-linear",
+) -> Any:
+    """Freeze the model and add trainable low-rank adapters (PEFT) to its linear layers.
+
+    Args:
+        model: what `load_model` returned.
+        r: rank.
+        alpha: the adapters are scaled by alpha / r.
+        dropout: chance of dropping an input of an adapter while training.
+        target_modules: names of the layers, or `all-linear` for every linear layer but the output head.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        UserError: no layer has such a name.
+
+    Example:
+        >>> add_adapters(model, r=8).print_trainable_parameters()  # doctest: +SKIP
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = linear_names(model)
+    if isinstance(target_modules, list):
+        known = {name for name, _ in model.named_modules()}
+        for target in target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in known):
+                raise UserError(
+                    f"target_modules: no layer of the model is called {target!r}",
+                    fix=f"choose among {', '.join(names)}",
+                )
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks for a property by a name that newer versions of transformers call deprecated.
+            warnings.filterwarnings(
+                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
+            )
+            return get_peft_model(model, pf.lora_config(config))
+    except ValueError as error:
+        raise UserError(f"target_modules: {error}", fix=f"choose among {', '.join(names)}") from error
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Short names of a model's linear layers, plain and 4-bit, without the output head.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        The last part of each layer's path, sorted, such as `q_proj`.
+
+    Example:
+        >>> linear_names(model)  # doctest: +SKIP
+        ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kinds = (torch.nn.Linear, Conv1D)
+    linears = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    return sorted({name.rsplit(".", 1)[-1] for name in linears})
+
+
+def _attention(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"attn_implementation": name}

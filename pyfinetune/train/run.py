@@ -1,0 +1,449 @@
+"""A whole run, from the configuration to the saved adapter. Every step can be called alone with plain values.
+
+    RunConfig -> read_data -> prepare_rows -> prepare_model -> loop.build_trainer -> train -> output folder
+
+The output folder holds the Trainer's checkpoints as they are, the trained adapter (or model) with its tokenizer,
+`run.json` (what went in and what came out) and `metrics.jsonl` (one record a line).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import pyfinetune as pf
+from pyfinetune.errors import UserError
+from pyfinetune.train import checkpoints, manifest
+from pyfinetune.train.config import RunConfig, config_digest
+from pyfinetune.train.data import hash_files, hash_rows, load_dataset_rows, load_rows, split_rows
+from pyfinetune.train.formats import Example, to_examples
+from pyfinetune.train.model import add_adapters, choose_device, load_model
+from pyfinetune.train.packing import check_isolation, is_flat, one_a_row, pack
+from pyfinetune.train.report import rows_lines
+from pyfinetune.train.tokenizing import Document, Tokenized, load_tokenizer, tokenize
+
+
+@dataclass
+class Data:
+    """A run's examples, before any tokenizer.
+
+    Args:
+        train: examples to learn from.
+        held_out: examples to evaluate on; empty when nothing is held out.
+        sha256: digest of the training data's contents.
+        format: what `formats.recognise` said of the rows.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    sha256: str
+    format: str
+
+
+@dataclass
+class Rows:
+    """A run's token rows.
+
+    Args:
+        train: rows to learn from.
+        held_out: rows to evaluate on, or empty.
+        counts: rows, documents, tokens and what was cut, for `run.json`.
+    """
+
+    train: list[list[Document]]
+    held_out: list[list[Document]]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass
+class TrainResult:
+    """What came of a run.
+
+    Args:
+        output_dir: where everything was saved.
+        steps: optimizer steps done in all.
+        interrupted: whether it was stopped before its end.
+        resumed_from: the checkpoint it went on from, or None.
+        train_loss: mean training loss of the steps of this session.
+        eval_loss_before: held-out loss before the first step, per token; None when nothing is held out.
+        eval_loss: held-out loss of the saved weights.
+        perplexity_before: exp of `eval_loss_before`.
+        perplexity: exp of `eval_loss`.
+        tokens: tokens trained on in this session, without padding.
+        tokens_per_second: over this session's training, without evaluations and checkpoints.
+        peak_memory_gb: GiB.
+        seconds: of this session's training, all told.
+    """
+
+    output_dir: str
+    steps: int = 0
+    interrupted: bool = False
+    resumed_from: str | None = None
+    train_loss: float | None = None
+    eval_loss_before: float | None = None
+    eval_loss: float | None = None
+    perplexity_before: float | None = None
+    perplexity: float | None = None
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    peak_memory_gb: float = 0.0
+    seconds: float = 0.0
+
+
+def read_data(config: RunConfig) -> Data:
+    """Read, recognise and split a run's data.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        The examples.
+
+    Raises:
+        UserError: a file, a row or the split is at fault.
+
+    Example:
+        >>> len(read_data(config).train)  # doctest: +SKIP
+        7473
+    """
+    if config.dataset_name is not None:
+        rows = load_dataset_rows(config.dataset_name, config.dataset_config_name)
+        digest = hash_rows(rows)
+    else:
+        rows = load_rows(config.train_files, config.sample_by)
+        digest = hash_files(config.train_files)
+    held_out = load_rows(config.validation_files, config.sample_by)
+    examples, held_examples = to_examples(rows, config.columns), to_examples(held_out, config.columns)
+    if config.test_size is not None:
+        examples, held_examples = split_rows(examples, config.test_size, config.seed)
+    data_format = examples[0].format
+    if held_examples and (held_examples[0].format == "text") != (data_format == "text"):
+        raise UserError(
+            f"{held_examples[0].place}: is {held_examples[0].format}, but the training rows are {data_format}",
+            fix="give validation rows of the training rows' format",
+        )
+    is_text = data_format == "text"
+    if (config.task, is_text) in (("sft", True), ("pretrain", False)):
+        kind = "raw text" if is_text else "prompts with answers"
+        raise UserError(
+            f"task: {config.task} does not fit {examples[0].place}, which is {kind}",
+            fix=f"set task: {'pretrain' if is_text else 'sft'}, or leave it out",
+        )
+    if is_text and config.completion_only_loss:
+        raise UserError(
+            f"completion_only_loss: {examples[0].place} is raw text, which has no completion",
+            fix="leave completion_only_loss out, or give prompt/completion rows",
+        )
+    return Data(examples, held_examples, digest, data_format)
+
+
+def prepare_rows(data: Data, tokenizer: Any, config: RunConfig) -> Rows:
+    """Tokenize a run's examples and lay them in rows.
+
+    Args:
+        data: what `read_data` returned.
+        tokenizer: what `tokenizing.load_tokenizer` returned.
+        config: the run's configuration.
+
+    Returns:
+        The rows, with their counts.
+
+    Raises:
+        UserError: nothing would be learned, or the chat template refuses a row.
+
+    Example:
+        >>> prepare_rows(data, tokenizer, config).counts["train"]["learned_tokens"]  # doctest: +SKIP
+        893211
+    """
+    result = Rows([], [])
+    for name, examples in (("train", data.train), ("held_out", data.held_out)):
+        tokenized = tokenize(examples, tokenizer, config.max_length, config.completion_only_loss)
+        documents = tokenized.documents
+        rows = pack(documents, config.max_length) if config.packing else one_a_row(documents)
+        setattr(result, name, rows)
+        result.counts[name] = _counts(tokenized, rows)
+    return result
+
+
+def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    """Load a run's model, quantize it, add adapters, and swap the kernels in.
+
+    Args:
+        config: the run's configuration.
+        device: where the run will be.
+
+    Returns:
+        The model as it will be trained, and the report of `pf.patch` (None with `patch: false`).
+
+    Raises:
+        UserError: there is no such model, it is too short for `max_length`, or it lets packed documents see each other.
+
+    Example:
+        >>> model, report = prepare_model(config, torch.device("cpu"))  # doctest: +SKIP
+    """
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    model = load_model(
+        config.model_name_or_path,
+        method=config.method,
+        dtype=config.dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+    )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        raise UserError(
+            f"max_length: {config.max_length} is beyond the {longest} positions of {config.model_name_or_path}",
+            fix=f"set max_length: {longest} or less",
+        )
+    if config.method != "full":
+        model = add_adapters(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+        )
+    report = pf.patch(model) if config.patch else None
+    if config.packing:
+        flat = is_flat(getattr(model.config, "_attn_implementation", None))
+        check_isolation(model, model.get_input_embeddings().weight.shape[0], flat)
+    return model, report
+
+
+def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
+    """The checkpoint a run goes on from.
+
+    Args:
+        config: the run's configuration; `resume` is `auto`, `never` or a path.
+        data_hash: digest of the training data, to tell another run from this one.
+        say: called with each message for the person at the screen.
+
+    Returns:
+        The checkpoint's folder, or None to start from the beginning.
+
+    Raises:
+        UserError: the folder holds another run, the named checkpoint cannot be used, or `never` would overwrite one.
+
+    Example:
+        >>> find_start(config, "", print)  # doctest: +SKIP
+        PosixPath('out/checkpoint-40')
+    """
+    existing = checkpoints.list_checkpoints(config.output_dir)
+    if config.resume not in ("auto", "never"):
+        return checkpoints.check_resume_path(config.resume)
+    if not existing:
+        return None
+    if config.resume == "never":
+        raise UserError(
+            f"output_dir: {config.output_dir} holds checkpoints of an earlier run, and resume is never",
+            fix="set another output_dir, delete that folder, or set resume: auto to go on",
+        )
+    earlier = manifest.read_manifest(Path(config.output_dir) / "run.json")
+    manifest.check_same_run(earlier, config_digest(config), data_hash, config.output_dir)
+    found, skipped = checkpoints.newest_complete(config.output_dir)
+    for sentence in skipped:
+        say(f"warning: {sentence}")
+    say(f"going on from {found}" if found else "no whole checkpoint found: starting from the beginning")
+    return found
+
+
+def train(config: RunConfig, console: Console | None = None) -> TrainResult:
+    """Run a fine-tuning from its configuration to its output folder.
+
+    Args:
+        config: what `config.load_config` or `config.parse_config` returned.
+        console: where messages and the progress bar go; standard error by default.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        UserError: a file, row, key or model is at fault; names it and the mend.
+
+    Example:
+        >>> train(parse_config({"model_name_or_path": "m", "train_file": "a.json", "output_dir": "out"})).eval_loss
+        ... # doctest: +SKIP
+    """
+    # Under torchrun every process runs this; one of them speaks.
+    console = console or Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    device = choose_device(config.device)
+    out = Path(config.output_dir)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"output_dir: {out} is a file", fix="give the path of a folder, existing or not")
+    data = read_data(config)
+    earlier = manifest.read_manifest(out / "run.json")
+    if _already_complete(earlier, config, data):
+        _say(console, f"{out} holds this very run, complete: nothing to do (change output_dir to run it again)")
+        return TrainResult(**earlier["result"])
+    start = find_start(config, data.sha256, lambda message: _say(console, message))
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data.format)
+    rows = prepare_rows(data, tokenizer, config)
+    for line in rows_lines(rows.counts, config.max_length):
+        _say(console, line)
+    model, report = prepare_model(config, device)
+    if report is not None and report.rows:
+        _say(console, str(report))
+    return _fit(config, console, device, data, rows, tokenizer, model, report, start)
+
+
+def _fit(
+    config: RunConfig,
+    console: Console,
+    device: torch.device,
+    data: Data,
+    rows: Rows,
+    tokenizer: Any,
+    model: Any,
+    report: Any,
+    start: Path | None,
+) -> TrainResult:
+    from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
+    from pyfinetune.train.loop import build_trainer, training_arguments
+
+    out = Path(config.output_dir)
+    arguments = training_arguments(
+        config,
+        train_rows=len(rows.train),
+        held_out=bool(rows.held_out),
+        bf16=config.method == "full" and device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        from_start=start is None,
+    )
+    metrics, bar, stop = RunMetrics(out / "metrics.jsonl"), ProgressBar(console), Interruption(console)
+    trainer = build_trainer(
+        model,
+        arguments,
+        rows.train,
+        rows.held_out,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        early_stopping_patience=config.early_stopping_patience,
+        callbacks=[metrics, bar, stop],
+    )
+    metrics.trainer = trainer
+    record = _record(config, device, data, rows, model, report)
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        _say(console, _model_line(record))
+        manifest.write_manifest(out / "run.json", record)
+        metrics.keep_until(-1 if start is None else int(start.name.rsplit("-", 1)[-1]))
+    try:
+        outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
+    finally:
+        bar.close()
+        stop.close()
+    result = _result(config, trainer, outcome, metrics, start, interrupted=stop.signal is not None)
+    if not result.interrupted and is_main:
+        save_final(model, tokenizer, out)
+    if is_main:
+        record |= {"status": "interrupted" if result.interrupted else "complete", "finished": _now()}
+        manifest.write_manifest(out / "run.json", record | {"result": dataclasses.asdict(result)})
+    return result
+
+
+def save_final(model: Any, tokenizer: Any, output_dir: str | Path) -> None:
+    """Save the trained adapter, or the whole model when it has none, with its tokenizer.
+
+    Args:
+        model: the trained model.
+        tokenizer: its tokenizer.
+        output_dir: the folder; `PeftModel.from_pretrained` (or `AutoModelForCausalLM`) reads it.
+
+    Example:
+        >>> save_final(model, tokenizer, "out")  # doctest: +SKIP
+    """
+    # The cache is off for training only; a saved model that says so would generate slowly ever after.
+    model.config.use_cache = True
+    model.save_pretrained(output_dir)
+    model.config.use_cache = False
+    tokenizer.save_pretrained(output_dir)
+
+
+def _result(
+    config: RunConfig, trainer: Any, outcome: Any, metrics: Any, start: Path | None, interrupted: bool
+) -> TrainResult:
+    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    final = history[-1] if history else None
+    stale = trainer.args.load_best_model_at_end or final is None or final["step"] != trainer.state.global_step
+    if trainer.eval_dataset is not None and not interrupted and stale:
+        final = trainer.evaluate()
+    before = next((entry for entry in history if entry["step"] == 0), {})
+    return TrainResult(
+        output_dir=config.output_dir,
+        steps=trainer.state.global_step,
+        interrupted=interrupted and trainer.state.global_step < trainer.state.max_steps,
+        resumed_from=str(start) if start else None,
+        train_loss=outcome.training_loss,
+        eval_loss_before=before.get("eval_loss"),
+        eval_loss=final and final["eval_loss"],
+        perplexity_before=before.get("eval_perplexity"),
+        perplexity=final and final["eval_perplexity"],
+        tokens=trainer.tokens_seen,
+        tokens_per_second=round(metrics.session_rate, 1),
+        peak_memory_gb=round(metrics.peak_memory_gb, 3),
+        seconds=round(outcome.metrics.get("train_runtime", 0.0), 3),
+    )
+
+
+def _record(config: RunConfig, device: torch.device, data: Data, rows: Rows, model: Any, report: Any) -> dict[str, Any]:
+    parameters = list(model.parameters())
+    return {
+        "status": "running",
+        "started": _now(),
+        "versions": manifest.versions(),
+        "device": manifest.device_name(device),
+        "seed": config.seed,
+        "config": config_digest(config),
+        "model": {
+            **manifest.model_identity(config.model_name_or_path, model.config),
+            "dtype": str(model.config.dtype).removeprefix("torch."),
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "data": {"sha256": data.sha256, "format": data.format, **rows.counts},
+        "kernels": {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json()),
+    }
+
+
+def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: Data) -> bool:
+    if config.resume != "auto" or not earlier or earlier.get("status") != "complete":
+        return False
+    return earlier.get("config") == config_digest(config) and earlier["data"]["sha256"] == data.sha256
+
+
+def _counts(tokenized: Tokenized, rows: list[list[Document]]) -> dict[str, int]:
+    return {
+        "examples": tokenized.rows,
+        "documents": len(tokenized.documents),
+        "rows": len(rows),
+        "tokens": tokenized.tokens,
+        "learned_tokens": tokenized.learned_tokens,
+        "longest": tokenized.longest,
+        "cut_short": tokenized.cut_short,
+        "dropped": len(tokenized.dropped),
+    }
+
+
+def _model_line(record: dict[str, Any]) -> str:
+    model, kernels = record["model"], record["kernels"]
+    return (
+        f"model: {model['name_or_path']}, {record['config']['method']}, {model['dtype']} on {record['device']},"
+        f" {model['trainable_parameters']:,} trainable parameters, {kernels['swapped']} modules on fast kernels"
+    )
+
+
+def _say(console: Console, message: str) -> None:
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -64,8 +64,7 @@ TensorView flat(const py::handle& capsule, const char* op, const char* name, DTy
   const std::string what = std::string(op) + ": " + name;
   PYFINETUNE_CHECK(view.on_cuda == (device >= 0) && (device < 0 || view.device_index == device),
                    what + " is on another device than its kernel");
-  PYFINETUNE_CHECK(view.dtype == dtype,
-                   what + " is " + dtype_name(view.dtype) + ", needs " + dtype_name(dtype));
+  PYFINETUNE_CHECK(view.dtype == dtype, what + " is " + dtype_name(view.dtype) + ", needs " + dtype_name(dtype));
   PYFINETUNE_CHECK(is_contiguous(view), what + " is not contiguous");
   const int64_t n = numel(view, what.c_str());
   PYFINETUNE_CHECK(n == elements, what + " has " + std::to_string(n) + " elements, needs " + std::to_string(elements));
@@ -91,8 +90,8 @@ Packed4bit packed_of(const py::tuple& fields, int64_t elements, const char* op, 
   w.numel = elements;
   w.block_shift = log2_exact(fields[6].cast<int64_t>(), op, "block_size");
   const int64_t blocks = blocks_of(elements, w.block_shift);
-  w.codes = static_cast<const uint8_t*>(
-      flat(fields[0], op, "codes", DType::u8, elements / 2 + (elements & 1), device).data);
+  w.codes =
+      static_cast<const uint8_t*>(flat(fields[0], op, "codes", DType::u8, elements / 2 + (elements & 1), device).data);
   w.quant_map = static_cast<const float*>(flat(fields[2], op, "quant_map", DType::f32, 16, device).data);
   if (fields[3].is_none()) {
     w.absmax = static_cast<const float*>(flat(fields[1], op, "absmax", DType::f32, blocks, device).data);
@@ -126,7 +125,11 @@ void dequantize_4bit(const py::tuple& packed, int64_t rows, int64_t cols, int64_
   const char* op = "dequantize_4bit";
   const TensorView target = matrix(out, op, "out");
   const Packed4bit w = packed_of(packed, checked_mul(rows, cols, op), op);
-  const Tile tile{cols, row_begin, row_begin + target.shape[0], col_begin, col_begin + target.shape[1],
+  const Tile tile{cols,
+                  row_begin,
+                  row_begin + target.shape[0],
+                  col_begin,
+                  col_begin + target.shape[1],
                   target.shape[0] > 1 ? target.strides[0] : target.shape[1]};
   PYFINETUNE_CHECK(row_begin >= 0 && col_begin >= 0 && tile.row_end <= rows && tile.col_end <= cols,
                    "dequantize_4bit: out reaches past the weight");
@@ -139,8 +142,8 @@ void dequantize_4bit(const py::tuple& packed, int64_t rows, int64_t cols, int64_
   table.dequantize_4bit(w, tile, target.data, target.dtype, usable);
 }
 
-void quantize_4bit(const py::object& weight, const std::string& quant_type, int64_t block_size,
-                   const py::object& codes, const py::object& absmax, int threads) {
+void quantize_4bit(const py::object& weight, const std::string& quant_type, int64_t block_size, const py::object& codes,
+                   const py::object& absmax, int threads) {
   const char* op = "quantize_4bit";
   const TensorView w = view_of(weight, op, "weight");
   PYFINETUNE_CHECK(!w.on_cuda && is_contiguous(w), "quantize_4bit: weight is not contiguous on the CPU");
@@ -150,8 +153,8 @@ void quantize_4bit(const py::object& weight, const std::string& quant_type, int6
   const int shift = log2_exact(block_size, op, "block_size");
   auto* code_bytes = static_cast<uint8_t*>(flat(codes, op, "codes", DType::u8, n / 2 + (n & 1)).data);
   auto* scales = static_cast<float*>(flat(absmax, op, "absmax", DType::f32, blocks_of(n, shift)).data);
-  const EncodeTable table = quant_type == "nf4" ? make_encode_table(kNf4Codes, kNf4Order)
-                                                : make_encode_table(kFp4Codes, kFp4Order);
+  const EncodeTable table =
+      quant_type == "nf4" ? make_encode_table(kNf4Codes, kNf4Order) : make_encode_table(kFp4Codes, kFp4Order);
   const KernelTable& chosen = kernels();
   const int usable = usable_threads(threads);
   py::gil_scoped_release release;
@@ -234,8 +237,9 @@ void small_matmul_4bit(const py::object& x, const py::tuple& packed, int64_t out
   py::gil_scoped_release release;
   const int64_t row_stride = (k + kSmallMatmulPad - 1) / kSmallMatmulPad * kSmallMatmulPad;
   const auto rows = pack_rows(input, as_bf16, row_stride);
-  chosen.small_matmul_4bit(w, {rows.get(), row_stride, m, out_features, k, offsets, output.data,
-                               m > 1 ? output.strides[0] : out_features, output.dtype},
+  chosen.small_matmul_4bit(w,
+                           {rows.get(), row_stride, m, out_features, k, offsets, output.data,
+                            m > 1 ? output.strides[0] : out_features, output.dtype},
                            usable);
 }
 
@@ -320,7 +324,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("code_order", &code_order, "The codes of a quant_type by ascending value.");
   m.def("advise_huge_pages", [](const py::object& tensor) {
     const TensorView view = view_of(tensor, "advise_huge_pages", "tensor");
-    if (!view.on_cuda && is_contiguous(view)) advise_huge_pages(view.data, numel(view, "tensor") * item_size(view.dtype));
+    if (!view.on_cuda && is_contiguous(view))
+      advise_huge_pages(view.data, numel(view, "tensor") * item_size(view.dtype));
   });
   m.def("dequantize_4bit", &dequantize_4bit);
   m.def("quantize_4bit", &quantize_4bit);

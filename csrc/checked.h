@@ -15,9 +15,9 @@ struct BackendUnavailable : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-#define PYFINETUNE_CHECK(condition, message)        \
-  do {                                              \
-    if (!(condition)) throw InvalidInput(message);  \
+#define PYFINETUNE_CHECK(condition, message)       \
+  do {                                             \
+    if (!(condition)) throw InvalidInput(message); \
   } while (false)
 
 inline int64_t checked_mul(int64_t a, int64_t b, const char* what) {

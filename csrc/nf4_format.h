@@ -15,6 +15,7 @@
 
 namespace pyfinetune {
 
+// clang-format off
 // Normal-float codes: quantiles of N(0, 1), QLoRA appendix E (https://arxiv.org/abs/2305.14314).
 static const float kNf4Codes[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -26,6 +27,7 @@ static const float kNf4Codes[16] = {
 static const float kFp4Codes[16] = {
     0.0f, 0.0625f / 12.0f, 8.0f / 12.0f, 1.0f, 4.0f / 12.0f, 6.0f / 12.0f, 2.0f / 12.0f, 3.0f / 12.0f,
     -0.0f, -0.0625f / 12.0f, -8.0f / 12.0f, -1.0f, -4.0f / 12.0f, -6.0f / 12.0f, -2.0f / 12.0f, -3.0f / 12.0f};
+// clang-format on
 
 // Codes by ascending value (FP4's bit patterns are not sorted; +0 sorts before -0).
 static const uint8_t kNf4Order[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -56,14 +58,14 @@ static const float kMinAbsmax = 1e-38f;
 
 struct Packed4bit {
   const uint8_t* codes;
-  int64_t numel;      // elements
-  int block_shift;    // log2 of the block size
-  const float* quant_map;        // [16]
-  const float* absmax;           // [blocks], or null when double-quantized
-  const uint8_t* absmax8;        // [blocks], or null
-  const float* nested_absmax;    // [blocks / nested block]
-  const float* nested_map;       // [256]
-  const float* nested_offset;    // one element
+  int64_t numel;               // elements
+  int block_shift;             // log2 of the block size
+  const float* quant_map;      // [16]
+  const float* absmax;         // [blocks], or null when double-quantized
+  const uint8_t* absmax8;      // [blocks], or null
+  const float* nested_absmax;  // [blocks / nested block]
+  const float* nested_map;     // [256]
+  const float* nested_offset;  // one element
   int nested_shift;
 };
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pyfinetune import _native, ops  # noqa: F401  (torch before the native module)
+from pyfinetune import _native, ops
 from pyfinetune.errors import BackendUnavailable, InvalidInput, PyfinetuneError, UserError
 from pyfinetune.ops import Packed4bit
 from pyfinetune.ops._op import explain, use_backend
@@ -23,8 +23,8 @@ from pyfinetune.ops._op import explain, use_backend
 if TYPE_CHECKING:
     from pyfinetune.hf.patch import patch
     from pyfinetune.hf.peft_lora import lora_config
-    from pyfinetune.info import info
     from pyfinetune.linear4bit import Linear4bit, quantize
+    from pyfinetune.machine import info
 
 __version__ = _native.native.__version__
 
@@ -32,7 +32,7 @@ __version__ = _native.native.__version__
 _LAZY = {
     "Linear4bit": "pyfinetune.linear4bit",
     "quantize": "pyfinetune.linear4bit",
-    "info": "pyfinetune.info",
+    "info": "pyfinetune.machine",
     "lora_config": "pyfinetune.hf.peft_lora",
     "patch": "pyfinetune.hf.patch",
 }

@@ -39,9 +39,10 @@ def test_the_triton_kernel_under_the_interpreter():
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
 def test_the_triton_kernel_compiles_for(capability, monkeypatch):
     triton = pytest.importorskip("triton")
-    from pyfinetune.kernels import nf4 as kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from pyfinetune.kernels import nf4 as kernel
 
     pointers = ["out_ptr", "codes_ptr", "absmax_ptr", "quant_map_ptr"]
     pointers += ["nested_absmax_ptr", "nested_map_ptr", "nested_offset_ptr"]

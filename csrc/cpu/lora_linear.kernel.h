@@ -15,9 +15,9 @@ namespace pyfinetune {
 namespace PYFINETUNE_ISA {
 namespace {
 
-constexpr int kRows = 4;       // rows of W in a group
-constexpr int kDepth = 1024;   // columns decoded at a time: a multiple of every step below
-constexpr int kBlockM = 6;     // rows of x in registers
+constexpr int kRows = 4;      // rows of W in a group
+constexpr int kDepth = 1024;  // columns decoded at a time: a multiple of every step below
+constexpr int kBlockM = 6;    // rows of x in registers
 
 #if defined(__AVX512BF16__)
 constexpr bool kPacksBf16 = true;
@@ -150,56 +150,48 @@ void row_squares(const void* w, DType dtype, int64_t rows, int64_t cols, int64_t
 
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i is word i % 4 of the
 // block at counter i / 4 under the key `seed`, so that any element's bit is known from (seed, i) alone.
-constexpr int kPhiloxLanes = 16;
-
-inline void philox_lanes(uint64_t first_counter, uint64_t seed, uint32_t (*words)[kPhiloxLanes]) {
-  uint32_t c0[kPhiloxLanes], c1[kPhiloxLanes], c2[kPhiloxLanes], c3[kPhiloxLanes];
-  for (int j = 0; j < kPhiloxLanes; ++j) {
-    const uint64_t counter = first_counter + uint64_t(j);
-    c0[j] = uint32_t(counter);
-    c1[j] = uint32_t(counter >> 32);
-    c2[j] = c3[j] = 0;
+// Words of kLanes consecutive counters, in element order.
+inline void philox(uint64_t first_counter, uint64_t seed, uint32_t* words) {
+  uint32_t low[kLanes], high[kLanes];
+  for (int j = 0; j < kLanes; ++j) {
+    low[j] = uint32_t(first_counter + uint64_t(j));
+    high[j] = uint32_t((first_counter + uint64_t(j)) >> 32);
   }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  const Words m0 = wset(0xD2511F53u), m1 = wset(0xCD9E8D57u);
+  Words c0 = wload(low), c1 = wload(high), c2 = wset(0), c3 = wset(0);
+  Words k0 = wset(uint32_t(seed)), k1 = wset(uint32_t(seed >> 32));
   for (int round = 0; round < 10; ++round) {
-    for (int j = 0; j < kPhiloxLanes; ++j) {
-      const uint64_t p0 = uint64_t(0xD2511F53u) * c0[j], p1 = uint64_t(0xCD9E8D57u) * c2[j];
-      c0[j] = uint32_t(p1 >> 32) ^ c1[j] ^ k0;
-      c2[j] = uint32_t(p0 >> 32) ^ c3[j] ^ k1;
-      c1[j] = uint32_t(p1);
-      c3[j] = uint32_t(p0);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    const Words high0 = wmul_high(c0, m0), low0 = wmul_low(c0, m0);
+    const Words high1 = wmul_high(c2, m1), low1 = wmul_low(c2, m1);
+    c0 = wxor(wxor(high1, c1), k0);
+    c1 = low1;
+    c2 = wxor(wxor(high0, c3), k1);
+    c3 = low0;
+    k0 = wadd(k0, wset(0x9E3779B9u));
+    k1 = wadd(k1, wset(0xBB67AE85u));
   }
-  for (int j = 0; j < kPhiloxLanes; ++j) {
-    words[0][j] = c0[j];
-    words[1][j] = c1[j];
-    words[2][j] = c2[j];
-    words[3][j] = c3[j];
-  }
+  winterleave(c0, c1, c2, c3, words);
 }
 
 template <class T>
-void dropout_range(const T* x, T* out, int64_t begin, int64_t end, uint64_t threshold, float scale, uint64_t seed) {
-  constexpr int64_t kChunk = 4 * kPhiloxLanes;
-  uint32_t words[4][kPhiloxLanes];
-  float kept[kChunk];
+void dropout_range(const T* x, T* out, int64_t begin, int64_t end, uint32_t threshold, float scale, uint64_t seed) {
+  constexpr int64_t kChunk = 4 * kLanes;
+  alignas(64) uint32_t words[kChunk];
   for (int64_t i = begin; i < end; i += kChunk) {
-    philox_lanes(uint64_t(i) / 4, seed, words);
-    for (int j = 0; j < kPhiloxLanes; ++j)
-      for (int word = 0; word < 4; ++word) kept[4 * j + word] = words[word][j] >= threshold ? scale : 0.0f;
+    philox(uint64_t(i) / 4, seed, words);
     const int64_t count = min64(kChunk, end - i);
     int64_t j = 0;
     // A dropped element is zero even where x is infinite, so the mask selects and does not multiply.
-    for (; j < count; ++j) out[i + j] = from_float<T>(kept[j] != 0.0f ? to_float(x[i + j]) * kept[j] : 0.0f);
+    for (; j + kLanes <= count; j += kLanes)
+      vstore(out + i + j, vkeep(vmul(vload(x + i + j), vset(scale)), words + j, threshold));
+    for (; j < count; ++j) out[i + j] = from_float<T>(words[j] >= threshold ? to_float(x[i + j]) * scale : 0.0f);
   }
 }
 
 // out = x * keep / (1 - p); an element is kept when its random word reaches p * 2^32.
 void dropout(const void* x, void* out, DType dtype, int64_t n, double p, uint64_t seed, int threads) {
-  const uint64_t threshold = uint64_t(p * 4294967296.0);
-  const float scale = p < 1.0 ? float(1.0 / (1.0 - p)) : 0.0f;
+  const uint32_t threshold = uint32_t(p * 4294967296.0);  // p < 1, checked by the caller
+  const float scale = float(1.0 / (1.0 - p));
   parallel_for(n, 4096, threads, [&](int64_t begin, int64_t end) {
     if (dtype == DType::f32)
       dropout_range(static_cast<const float*>(x), static_cast<float*>(out), begin, end, threshold, scale, seed);

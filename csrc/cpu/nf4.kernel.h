@@ -187,9 +187,8 @@ void decode_tile(const Packed4bit& w, const Tile& tile, T* out, int threads) {
   if (tile.out_stride == tile.cols && width == tile.cols) {  // one flat range
     const int64_t first = tile.row_begin * tile.cols, total = height * width;
     // A grain is a multiple of every block size, so that threads share no table.
-    parallel_for(total, int64_t(1) << 15, threads, [&](int64_t begin, int64_t end) {
-      decode_range(w, first + begin, first + end, out + begin, stream);
-    });
+    parallel_for(total, int64_t(1) << 15, threads,
+                 [&](int64_t begin, int64_t end) { decode_range(w, first + begin, first + end, out + begin, stream); });
     return;
   }
   parallel_for(height, max64(1, (int64_t(1) << 15) / max64(width, 1)), threads, [&](int64_t begin, int64_t end) {

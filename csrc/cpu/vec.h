@@ -103,11 +103,7 @@ inline void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec vabs(Vec a) { return _mm512_abs_ps(a); }
-inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float vsum(Vec a) { return _mm512_reduce_add_ps(a); }
-inline float vmax_all(Vec a) { return _mm512_reduce_max_ps(a); }
-inline bool vany_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
 // Round to nearest even, subnormals kept (the hardware's own bf16 conversion flushes them), NaN kept quiet.
 inline __m256i vround_bf16(Vec x) {
@@ -120,6 +116,37 @@ inline __m256i vround_bf16(Vec x) {
 inline __m256i vround_fp16(Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void vstore(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_bf16(x)); }
 inline void vstore(fp16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_fp16(x)); }
+
+// kLanes unsigned 32-bit words.
+using Words = __m512i;
+
+inline Words wset(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+inline Words wload(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline Words wadd(Words a, Words b) { return _mm512_add_epi32(a, b); }
+inline Words wxor(Words a, Words b) { return _mm512_xor_si512(a, b); }
+inline Words wmul_low(Words a, Words b) { return _mm512_mullo_epi32(a, b); }
+inline Words wmul_high(Words a, Words b) {
+  const Words even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
+  const Words odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  return _mm512_mask_mov_epi32(even, 0xaaaa, odd);
+}
+// Writes a[0] b[0] c[0] d[0] a[1] b[1] ...
+inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
+  const Words ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
+  const Words cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
+  const Words q[4] = {_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab0, cd0), _mm512_unpacklo_epi64(ab1, cd1),
+                      _mm512_unpackhi_epi64(ab1, cd1)};
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_si128((__m128i*)(out + 4 * i), _mm512_extracti32x4_epi32(q[i], 0));
+    _mm_storeu_si128((__m128i*)(out + 16 + 4 * i), _mm512_extracti32x4_epi32(q[i], 1));
+    _mm_storeu_si128((__m128i*)(out + 32 + 4 * i), _mm512_extracti32x4_epi32(q[i], 2));
+    _mm_storeu_si128((__m128i*)(out + 48 + 4 * i), _mm512_extracti32x4_epi32(q[i], 3));
+  }
+}
+// x where word >= threshold, else 0.
+inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(wload(words), wset(threshold)), x);
+}
 
 #elif defined(__AVX2__)
 
@@ -137,19 +164,11 @@ inline void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 inline Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec vabs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline float vsum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
-inline float vmax_all(Vec a) {
-  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
-}
-inline bool vany_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 
 inline __m128i vround_bf16(Vec x) {
   const __m256i bits = _mm256_castps_si256(x);
@@ -162,6 +181,34 @@ inline __m128i vround_bf16(Vec x) {
 inline __m128i vround_fp16(Vec x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void vstore(bf16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_bf16(x)); }
 inline void vstore(fp16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_fp16(x)); }
+
+using Words = __m256i;
+
+inline Words wset(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+inline Words wload(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Words wadd(Words a, Words b) { return _mm256_add_epi32(a, b); }
+inline Words wxor(Words a, Words b) { return _mm256_xor_si256(a, b); }
+inline Words wmul_low(Words a, Words b) { return _mm256_mullo_epi32(a, b); }
+inline Words wmul_high(Words a, Words b) {
+  const Words even = _mm256_srli_epi64(_mm256_mul_epu32(a, b), 32);
+  const Words odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+  return _mm256_blend_epi32(even, odd, 0xaa);
+}
+inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
+  const Words ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
+  const Words cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
+  const Words q[4] = {_mm256_unpacklo_epi64(ab0, cd0), _mm256_unpackhi_epi64(ab0, cd0), _mm256_unpacklo_epi64(ab1, cd1),
+                      _mm256_unpackhi_epi64(ab1, cd1)};
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_si128((__m128i*)(out + 4 * i), _mm256_castsi256_si128(q[i]));
+    _mm_storeu_si128((__m128i*)(out + 16 + 4 * i), _mm256_extracti128_si256(q[i], 1));
+  }
+}
+inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
+  const Words w = wload(words);
+  const Words keep = _mm256_cmpeq_epi32(_mm256_max_epu32(w, wset(threshold)), w);  // AVX2 has no unsigned compare
+  return _mm256_and_ps(x, _mm256_castsi256_ps(keep));
+}
 
 #else
 
@@ -181,11 +228,23 @@ inline void vstore(T* p, Vec x) {
 inline Vec vadd(Vec a, Vec b) { return a + b; }
 inline Vec vmul(Vec a, Vec b) { return a * b; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec vabs(Vec a) { return bits_float(float_bits(a) & 0x7fffffffu); }
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 inline float vsum(Vec a) { return a; }
-inline float vmax_all(Vec a) { return a; }
-inline bool vany_nan(Vec a) { return a != a; }
+
+using Words = uint32_t;
+
+inline Words wset(uint32_t x) { return x; }
+inline Words wload(const uint32_t* p) { return *p; }
+inline Words wadd(Words a, Words b) { return a + b; }
+inline Words wxor(Words a, Words b) { return a ^ b; }
+inline Words wmul_low(Words a, Words b) { return a * b; }
+inline Words wmul_high(Words a, Words b) { return uint32_t((uint64_t(a) * b) >> 32); }
+inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
+  out[0] = a;
+  out[1] = b;
+  out[2] = c;
+  out[3] = d;
+}
+inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) { return *words >= threshold ? x : 0.0f; }
 
 #endif
 

@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_4bit_kernel(Packed4bit w,
 
 template <class T>
 void launch(const Packed4bit& w, T* out, cudaStream_t stream) {
-  const bool aligned = reinterpret_cast<uintptr_t>(w.codes) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<T>) == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(w.codes) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<T>) == 0;
   const unsigned grid = grid_size(w.numel, int64_t(kThreads) * kPerThread);
   dequantize_4bit_kernel<<<grid, kThreads, 0, stream>>>(w, out, aligned);
   check_launch("dequantize_4bit", w.numel);

@@ -1,0 +1,82 @@
+# Everything a developer or a curious visitor runs. Needs python3, a C++ compiler and make; the rest goes into .venv.
+#
+#   make demo        fine-tune a small model with QLoRA on this machine and show before and after
+#   make test        the tests (under 10 minutes on 2 cores)
+#   make test-extra  the slow tests, and the op tests again under every instruction set of this machine
+#   make lint        ruff, and clang-format over the native sources
+#   make format      rewrite what lint complains about
+#   make bench       our kernels against their peers
+#   make wheel       build dist/*.whl
+#   make clean       remove what was built (clean-venv also removes .venv)
+#
+# PYTHON=python3.12 picks the interpreter, PIP_FLAGS="..." is passed to every pip install, PYTEST_FLAGS="-k nf4" to pytest.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+NATIVE := $(shell find csrc -type f -not -name ".*") CMakeLists.txt
+CXX_FILES = $(shell find csrc tests/native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
+OP_TESTS = $(wildcard $(patsubst pyfinetune/ops/%.py,tests/test_%.py,$(wildcard pyfinetune/ops/[a-z]*.py)))
+
+# The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: all demo test test-extra lint format bench wheel clean clean-venv
+all: $(VENV)/.installed
+
+# torch goes first and by its exact version: an unpinned torch may resolve to a build several gigabytes larger.
+$(VENV)/.tools: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) scikit_build_core pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE)
+	$(PIP) --no-build-isolation -e '.[dev]'
+	# The import hook of the editable install finds every module; the folders it also puts on sys.path would let
+	# kernels/ shadow Hugging Face's package of that name.
+	sed -i '/^\//d' $(VENV)/lib/python*/site-packages/_editable_skbc_pyfinetune.pth
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/pyfinetune demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+# pytest exits with 5 when nothing was collected, which is not a failure here. The first instruction set is the best
+# one, which `make test` has run.
+test-extra: $(VENV)/.installed
+	$(BIN)/pytest -m slow $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+	set -e; for isa in $$($(BIN)/python -c 'from pyfinetune._native import native; print(*native.isas()[1:])'); do \
+	  [ -n "$(OP_TESTS)" ] || break; \
+	  echo "op tests with PYFINETUNE_CPU_ISA=$$isa"; \
+	  PYFINETUNE_CPU_ISA=$$isa $(BIN)/pytest $(OP_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]; \
+	done
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.installed
+	$(BIN)/pyfinetune bench $(BENCH_FLAGS)
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf build dist wheelhouse .pytest_cache .ruff_cache .hypothesis .benchmarks demo-output
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+clean-venv: clean
+	rm -rf $(VENV)

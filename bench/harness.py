@@ -1,0 +1,205 @@
+"""How a case is declared, checked and timed.
+
+Ours and its peers run in one process and in turn, so that whatever slows the machine down for a moment slows all of
+them; medians are compared. A result is checked before it is timed, and a wrong one gets no time.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+OURS = "ours"
+MIN_ROUNDS = 5
+MAX_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a case has to reach.
+
+    Args:
+        default: least peer's time / our time with the allocator as it comes.
+        recycled: the same with pages recycled; see `runner`.
+        of_floor: most of our time / the floor that the machine's own rates set.
+    """
+
+    default: float | None = None
+    recycled: float | None = None
+    of_floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a result is right, and by what measure."""
+
+    ok: bool
+    detail: str
+
+
+@dataclass
+class Setup:
+    """A case made ready: tensors made, modules built.
+
+    Args:
+        calls: by name ("ours", "bitsandbytes", ...) a function of the round's number, which does the whole work once;
+            memory-bound cases use another set of inputs each round, so that none of them sits in a cache.
+        check: by the same names, a function that says whether that call's result is right.
+        missing: peers that cannot run here, with the reason.
+        inputs: tensors whose memory does not count as saved for the backward pass.
+        forward: our and the peers' forward pass alone, to measure what it saves; empty for ops without a backward.
+    """
+
+    calls: dict[str, Callable[[int], Any]]
+    check: dict[str, Callable[[], Verdict]]
+    missing: dict[str, str] = field(default_factory=dict)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    forward: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Args:
+        op: the op's stem.
+        name: what is measured, unique within the op.
+        build: makes the case ready on a device; the only expensive part.
+        flops: of the matrix products that no implementation can do without.
+        dtype: of those products; picks the rate they are held against.
+        bytes: that have to be read and written at least once.
+        target: what ours should reach; None where nothing is promised.
+        isa: run under this instruction set instead of the best one.
+        versus: with `isa`: the case whose time under the best instruction set ours is compared with.
+    """
+
+    op: str
+    name: str
+    build: Callable[[torch.device], Setup]
+    flops: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    bytes: float = 0.0
+    target: Target | None = None
+    isa: str | None = None
+    versus: str | None = None
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """Waits until the device has done what it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def interleave(
+    calls: Mapping[str, Callable[[int], Any]],
+    seconds: float,
+    sync: Callable[[], None] = lambda: None,
+    min_rounds: int = MIN_ROUNDS,
+) -> dict[str, list[float]]:
+    """Time the calls in turn.
+
+    Args:
+        calls: functions of the round's number; a result is dropped within the time measured, as memory costs too.
+        seconds: how long to go on, once there are `min_rounds` rounds.
+        sync: waits for the device.
+        min_rounds: least number of times that each is called.
+
+    Returns:
+        Seconds of each call, in order, by name.
+    """
+    names = list(calls)
+    for name in names:
+        for i in range(2):  # the first call allocates and picks kernels, the second meets what the first left
+            calls[name](i)
+        sync()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        for i in range(MAX_ROUNDS):
+            if i >= min_rounds and time.perf_counter() > end:
+                break
+            # Another one goes first each round: a place in the order is an advantage in itself.
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                start = time.perf_counter()
+                calls[name](i)
+                sync()
+                times[name].append(time.perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def saved_bytes(forward: Callable[[], Any], inputs: list[torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass beside the inputs' own memory."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result  # alive until here: memory freed earlier could be handed out twice and counted once
+    return sum(kept.values())
+
+
+def floor_seconds(case: Case, ceilings: Mapping[str, float]) -> float:
+    """The least time that the machine's own rates allow."""
+    rate = ceilings["gemm_bf16_gflops" if case.dtype == torch.bfloat16 else "gemm_fp32_gflops"]
+    return max(case.flops / (rate * 1e9), case.bytes / (ceilings["copy_gbs"] * 1e9))
+
+
+def _summary(seconds: list[float]) -> dict[str, float]:
+    milliseconds = [s * 1e3 for s in seconds]
+    low, middle, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    return {"ms": middle, "ms_q1": low, "ms_q3": high, "rounds": len(milliseconds)}
+
+
+def measure(case: Case, device: torch.device, ceilings: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """Check and time one case.
+
+    Args:
+        case: what to measure.
+        device: where.
+        ceilings: the machine's rates, from `ceilings.measure_ceilings`.
+        seconds: time to spend on timing.
+
+    Returns:
+        Plain values, ready for JSON: the case, the floor, the missing peers, and by name under `results` the
+        verdict and, where it is right, median and quartiles in milliseconds and the bytes saved for the backward pass.
+    """
+    with torch.no_grad():  # a call that needs gradients turns them on itself
+        setup = case.build(device)
+        results: dict[str, dict[str, Any]] = {}
+        # Under a forced instruction set only ours is of interest: it is compared with ours under the best one.
+        for name in [OURS] if case.isa else setup.calls:
+            verdict = setup.check[name]()
+            results[name] = {"ok": verdict.ok, "detail": verdict.detail}
+            if name in setup.forward and verdict.ok:
+                results[name]["saved_mb"] = saved_bytes(setup.forward[name], setup.inputs) / 2**20
+        right = {name: setup.calls[name] for name, result in results.items() if result["ok"]}
+        if OURS in right:
+            for name, times in interleave(right, seconds, synchronizer(device)).items():
+                results[name] |= _summary(times)
+    return {
+        "op": case.op,
+        "case": case.name,
+        "floor_ms": floor_seconds(case, ceilings) * 1e3,
+        "target": None if case.target is None else vars(case.target),
+        "isa": case.isa,
+        "versus": case.versus,
+        "missing": setup.missing,
+        "results": results,
+    }

@@ -1,0 +1,98 @@
+"""The command line: reads arguments, calls one function, prints what it returned. No logic lives here.
+
+A user's mistake prints what is wrong and what mends it, and exits 2; an interrupted run exits 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pyfinetune.errors import InvalidInput, PyfinetuneError, UserError
+
+# What the extra [hf] installs; `pyfinetune info` does without.
+_EXTRA = ("accelerate", "datasets", "peft", "pydantic", "safetensors", "transformers", "yaml")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fast, trustworthy kernels for fine-tuning language models.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")],
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model as a YAML file says; run it again to go on after an interruption."""
+    from pyfinetune.train.config import load_config
+    from pyfinetune.train.report import result_lines
+    from pyfinetune.train.run import train as run_train
+
+    try:
+        result = run_train(load_config(config))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped at once; go on from the last checkpoint with: pyfinetune train {config}", err=True)
+        raise typer.Exit(130) from None
+    lines = [json.dumps(dataclasses.asdict(result))] if as_json else result_lines(result, config)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+        typer.echo("\n".join(lines))
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Say what this machine can run: versions, instruction set, GPU, and which kernels are available."""
+    import pyfinetune as pf
+
+    facts = pf.info()
+    typer.echo(json.dumps(facts, default=str) if as_json else str(facts))
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; all of them without.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes and little time: is everything right?")] = False,
+    json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
+    recycled: Annotated[
+        bool | None, typer.Option("--recycled/--default", help="One allocator setting only; both without.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Time to spend on timing each case.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Compare our kernels with what you would use instead, on this machine; exits 1 when a result is wrong."""
+    from pyfinetune.bench import runner
+
+    raise typer.Exit(runner.main(ops, quick, json_path, recycled, seconds, device))
+
+
+def main() -> None:
+    """Run the command line and turn a user's mistake into a message and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except (UserError, InvalidInput) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except PyfinetuneError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        typer.echo(f"error: this command needs {error.name}\n  fix: pip install 'pyfinetune[hf]'", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ bool bit(unsigned word, int index) { return (word >> index) & 1u; }
 
 // CPUID says what the chip has; XGETBV what the operating system saves and restores. Both must agree.
 void probe(Candidate* candidates) {
-  unsigned a = 0, b = 0, c = 0, d = 0, b7 = 0, a71 = 0, unused = 0;
+  unsigned a = 0, b = 0, c = 0, d = 0, b7 = 0, c7 = 0, a71 = 0;
   unsigned long long saved = 0;
   bool fma = false, f16c = false;
   if (__get_cpuid(1, &a, &b, &c, &d)) {
@@ -49,11 +49,11 @@ void probe(Candidate* candidates) {
       saved = (static_cast<unsigned long long>(high) << 32) | low;
     }
   }
-  if (__get_cpuid_count(7, 0, &a, &b7, &c, &d)) __get_cpuid_count(7, 1, &a71, &b, &c, &unused);
+  if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
   const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
   const bool avx2 = ymm && fma && f16c && bit(b7, 5);
   const bool avx512 = avx2 && zmm && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
-  candidates[0] = {&avx512_bf16::table, avx512 && bit(a71, 5)};
+  candidates[0] = {&avx512_bf16::table, avx512 && bit(c7, 1) && bit(a71, 5)};
   candidates[1] = {&avx512::table, avx512};
   candidates[2] = {&avx2::table, avx2};
   candidates[3] = {&scalar::table, true};

@@ -81,6 +81,60 @@ inline void dot_rows(const T* scratch, const X* x, int64_t x_stride, int m_count
   }
 }
 
+#if defined(__AVX512BF16__)
+constexpr int kFusedRows = 4;  // up to here decoded words go from register to dot product, without a scratch
+
+// One row of W, whole blocks only: sums[m] = dot(W[n], x[m]).
+template <int MB>
+inline void fused_row(const Packed4bit& w, int64_t flat, int64_t depth, const bf16* x, int64_t x_stride, bool plain,
+                      float* sums) {
+  Vec even[MB], odd[MB];  // two chains hide the latency of the dot product
+  for (int m = 0; m < MB; ++m) even[m] = odd[m] = vzero();
+  const int64_t block_size = int64_t(1) << w.block_shift;
+  for (int64_t k = 0; k < depth; k += block_size) {
+    const auto table = make_table<bf16>(w.quant_map, block_scale(w, (flat + k) >> w.block_shift), plain);
+    const uint8_t* bytes = w.codes + ((flat + k) >> 1);
+    int64_t j = 0;
+    for (; j + 64 <= block_size; j += 64) {
+      const __m512bh w0 = (__m512bh)decode_32(table, bytes + (j >> 1));
+      const __m512bh w1 = (__m512bh)decode_32(table, bytes + (j >> 1) + 16);
+      for (int m = 0; m < MB; ++m) {
+        const bf16* xm = x + m * x_stride + k + j;
+        even[m] = _mm512_dpbf16_ps(even[m], w0, (__m512bh)_mm512_loadu_si512(xm));
+        odd[m] = _mm512_dpbf16_ps(odd[m], w1, (__m512bh)_mm512_loadu_si512(xm + 32));
+      }
+    }
+    if (j < block_size) {  // block size 32
+      const __m512bh w0 = (__m512bh)decode_32(table, bytes);
+      for (int m = 0; m < MB; ++m)
+        even[m] = _mm512_dpbf16_ps(even[m], w0, (__m512bh)_mm512_loadu_si512(x + m * x_stride + k));
+    }
+  }
+  for (int m = 0; m < MB; ++m) sums[m] = vsum(vadd(even[m], odd[m]));
+}
+
+// The fewest rows of x, where decoding is the work. False when a row of W is not made of whole blocks.
+inline bool fused_matmul(const Packed4bit& w, const SmallMatmul& p, int threads) {
+  if (p.m > kFusedRows || (p.k & ((int64_t(1) << w.block_shift) - 1)) != 0) return false;
+  const bf16* x = static_cast<const bf16*>(p.x_rows);
+  const bf16* bias = static_cast<const bf16*>(p.bias);
+  bf16* y = static_cast<bf16*>(p.y);
+  const bool plain = plain_map(w.quant_map);
+  parallel_for(p.n, 16, threads, [&](int64_t begin, int64_t end) {
+    float sums[kFusedRows];
+    for (int64_t n = begin; n < end; ++n) {
+      if (p.m == 1) fused_row<1>(w, n * p.k, p.k, x, p.x_stride, plain, sums);
+      if (p.m == 2) fused_row<2>(w, n * p.k, p.k, x, p.x_stride, plain, sums);
+      if (p.m == 3) fused_row<3>(w, n * p.k, p.k, x, p.x_stride, plain, sums);
+      if (p.m == 4) fused_row<4>(w, n * p.k, p.k, x, p.x_stride, plain, sums);
+      const float b = bias ? to_float(bias[n]) : 0.0f;
+      for (int64_t m = 0; m < p.m; ++m) y[m * p.y_stride + n] = from_float<bf16>(sums[m] + b);
+    }
+  });
+  return true;
+}
+#endif
+
 template <class T, class X>
 void small_matmul(const Packed4bit& w, const SmallMatmul& p, int threads) {
   const X* x = static_cast<const X*>(p.x_rows);
@@ -116,7 +170,7 @@ void small_matmul_4bit(const Packed4bit& w, const SmallMatmul& p, int threads) {
   if (p.dtype == DType::f32) small_matmul<float, float>(w, p, threads);
   if (p.dtype == DType::f16) small_matmul<fp16, float>(w, p, threads);
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::bf16) small_matmul<bf16, bf16>(w, p, threads);
+  if (p.dtype == DType::bf16 && !fused_matmul(w, p, threads)) small_matmul<bf16, bf16>(w, p, threads);
 #else
   if (p.dtype == DType::bf16) small_matmul<bf16, float>(w, p, threads);
 #endif

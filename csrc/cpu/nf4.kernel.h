@@ -17,35 +17,46 @@ namespace pyfinetune {
 namespace PYFINETUNE_ISA {
 namespace {
 
+#if defined(__AVX512F__)
+
+// 16-bit types: the 16 entries twice, so that bit 4 of an index does not matter. float: the entries once.
 template <class T>
 struct DecodeTable {
-  T entries[16];
-#if defined(__AVX512F__)
-  __m512i wide;  // 16-bit types: the table twice, so that bit 4 of an index does not matter. float: the table.
-#elif defined(__AVX2__)
-  __m256i low, high;  // 16-bit types: low and high bytes, in both lanes. float: entries 0-7 and 8-15.
-#endif
+  __m512i wide;
+  T entry(int code) const {
+    T entries[64 / sizeof(T)];
+    _mm512_storeu_si512(entries, wide);
+    return entries[code];
+  }
 };
 
-#if defined(__AVX512F__)
-inline __m256i round_table(Vec scaled, bf16) { return vround_bf16(scaled); }
-inline __m256i round_table(Vec scaled, fp16) { return vround_fp16(scaled); }
+#if defined(__AVX512BF16__)
+// The conversion instruction flushes subnormals. A table whose entries stay clear of them, and of NaN, may use it.
+inline bool plain_scale(float scale) { return scale >= 0x1p-90f && scale <= 0x1p120f; }
+inline __m256i round_table(Vec scaled, bool plain, bf16) {
+  return plain ? (__m256i)_mm512_cvtneps_pbh(scaled) : vround_bf16(scaled);
+}
+#else
+inline bool plain_scale(float) { return false; }
+inline __m256i round_table(Vec scaled, bool, bf16) { return vround_bf16(scaled); }
+#endif
+inline __m256i round_table(Vec scaled, bool, fp16) { return vround_fp16(scaled); }
+
+// Whether no code value is so small that a plain scale could make a subnormal of it.
+inline bool plain_map(const float* quant_map) {
+  const Vec magnitude = _mm512_abs_ps(vload(quant_map));
+  const __mmask16 small = _mm512_cmp_ps_mask(magnitude, vset(0x1p-30f), _CMP_NGE_UQ);
+  return _mm512_mask_cmp_ps_mask(small, magnitude, vzero(), _CMP_NEQ_UQ) == 0;
+}
 
 template <class T>
-inline DecodeTable<T> make_table(const float* quant_map, float scale) {
-  DecodeTable<T> table;
-  const __m256i half = round_table(vmul(vload(quant_map), vset(scale)), T{});
-  _mm256_storeu_si256((__m256i*)table.entries, half);
-  table.wide = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
-  return table;
+inline DecodeTable<T> make_table(const float* quant_map, float scale, bool plain) {
+  const __m256i half = round_table(vmul(vload(quant_map), vset(scale)), plain && plain_scale(scale), T{});
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1)};
 }
 template <>
-inline DecodeTable<float> make_table<float>(const float* quant_map, float scale) {
-  DecodeTable<float> table;
-  const Vec scaled = vmul(vload(quant_map), vset(scale));
-  vstore(table.entries, scaled);
-  table.wide = _mm512_castps_si512(scaled);
-  return table;
+inline DecodeTable<float> make_table<float>(const float* quant_map, float scale, bool) {
+  return {_mm512_castps_si512(vmul(vload(quant_map), vset(scale)))};
 }
 
 // Decodes 2 * kStep elements from kStep bytes.
@@ -59,11 +70,23 @@ inline void put(void* out, __m512i x) {
     _mm512_storeu_si512(out, x);
 }
 
-template <bool kStream, class T>
-inline void decode_step(const DecodeTable<T>& table, const uint8_t* bytes, T* out) {
+// 32 table entries of a 16-bit type. An index word needs its low 5 bits only, whatever stands above them.
+template <class T>
+inline __m512i decode_32(const DecodeTable<T>& table, const uint8_t* bytes) {
+#if defined(__AVX512VBMI__)
+  // Each 64-bit lane holds two bytes of codes; the multishift picks 8 bits from bit 4, 0, 12 and 8 into its four words.
+  const __m512i lanes = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)bytes));
+  const __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008000c00000004), lanes);
+#else
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
   const __m512i index = _mm512_or_si512(_mm512_slli_epi32(wide, 16), _mm512_srli_epi32(wide, 4));
-  put<kStream>(out, _mm512_permutexvar_epi16(index, table.wide));
+#endif
+  return _mm512_permutexvar_epi16(index, table.wide);
+}
+
+template <bool kStream, class T>
+inline void decode_step(const DecodeTable<T>& table, const uint8_t* bytes, T* out) {
+  put<kStream>(out, decode_32(table, bytes));
 }
 template <bool kStream>
 inline void decode_step(const DecodeTable<float>& table, const uint8_t* bytes, float* out) {
@@ -73,23 +96,35 @@ inline void decode_step(const DecodeTable<float>& table, const uint8_t* bytes, f
 }
 
 #elif defined(__AVX2__)
+
+inline bool plain_map(const float*) { return false; }
+
 template <class T>
-inline DecodeTable<T> make_table(const float* quant_map, float scale) {
+struct DecodeTable {
+  T entries[16];
+  __m256i low, high;  // 16-bit types: low and high bytes, in both lanes. float: entries 0-7 and 8-15.
+  T entry(int code) const { return entries[code]; }
+};
+
+inline __m128i round_half(Vec x, bf16) { return vround_bf16(x); }
+inline __m128i round_half(Vec x, fp16) { return vround_fp16(x); }
+
+template <class T>
+inline DecodeTable<T> make_table(const float* quant_map, float scale, bool) {
   DecodeTable<T> table;
   const Vec factor = vset(scale);
-  vstore(table.entries, vmul(vload(quant_map), factor));
-  vstore(table.entries + 8, vmul(vload(quant_map + 8), factor));
-  const __m256i words = _mm256_loadu_si256((const __m256i*)table.entries);
+  const __m256i words = _mm256_set_m128i(round_half(vmul(vload(quant_map + 8), factor), T{}),
+                                         round_half(vmul(vload(quant_map), factor), T{}));
+  _mm256_storeu_si256((__m256i*)table.entries, words);
   const __m256i mask = _mm256_set1_epi16(0xff);
   // packus works within 128-bit lanes; the permute puts the 16 bytes of a plane into both lanes.
-  const __m256i low = _mm256_packus_epi16(_mm256_and_si256(words, mask), _mm256_and_si256(words, mask));
-  const __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(words, 8), _mm256_srli_epi16(words, 8));
-  table.low = _mm256_permute4x64_epi64(low, 0x88);
-  table.high = _mm256_permute4x64_epi64(high, 0x88);
+  const __m256i low = _mm256_and_si256(words, mask), high = _mm256_srli_epi16(words, 8);
+  table.low = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x88);
+  table.high = _mm256_permute4x64_epi64(_mm256_packus_epi16(high, high), 0x88);
   return table;
 }
 template <>
-inline DecodeTable<float> make_table<float>(const float* quant_map, float scale) {
+inline DecodeTable<float> make_table<float>(const float* quant_map, float scale, bool) {
   DecodeTable<float> table;
   const Vec low = vmul(vload(quant_map), vset(scale)), high = vmul(vload(quant_map + 8), vset(scale));
   vstore(table.entries, low);
@@ -135,8 +170,17 @@ inline void decode_step(const DecodeTable<float>& table, const uint8_t* bytes, f
 }
 
 #else
+
+inline bool plain_map(const float*) { return false; }
+
 template <class T>
-inline DecodeTable<T> make_table(const float* quant_map, float scale) {
+struct DecodeTable {
+  T entries[16];
+  T entry(int code) const { return entries[code]; }
+};
+
+template <class T>
+inline DecodeTable<T> make_table(const float* quant_map, float scale, bool) {
   DecodeTable<T> table;
   for (int i = 0; i < 16; ++i) table.entries[i] = from_float<T>(quant_map[i] * scale);
   return table;
@@ -164,16 +208,17 @@ inline T* decode_span(const DecodeTable<T>& table, const uint8_t* codes, int64_t
 template <class T>
 void decode_range(const Packed4bit& w, int64_t begin, int64_t end, T* out, bool stream) {
   const uint8_t* codes = w.codes;
+  const bool plain = plain_map(w.quant_map);
   for (int64_t i = begin; i < end;) {
     const int64_t block = i >> w.block_shift;
     const int64_t stop = min64(end, (block + 1) << w.block_shift);
-    const DecodeTable<T> table = make_table<T>(w.quant_map, block_scale(w, block));
-    if (i & 1) *out++ = table.entries[code_at(codes, i++)];
+    const DecodeTable<T> table = make_table<T>(w.quant_map, block_scale(w, block), plain);
+    if (i & 1) *out++ = table.entry(code_at(codes, i++));
     if (stream && (uintptr_t(out) & 63) == 0)
       out = decode_span<true>(table, codes, i, stop, out);
     else
       out = decode_span<false>(table, codes, i, stop, out);
-    for (; i < stop; ++i) *out++ = table.entries[code_at(codes, i)];
+    for (; i < stop; ++i) *out++ = table.entry(code_at(codes, i));
   }
   if (stream) vfence();
 }

@@ -121,7 +121,7 @@ TensorView matrix(const py::handle& capsule, const char* op, const char* name) {
 }
 
 void dequantize_4bit(const py::tuple& packed, int64_t rows, int64_t cols, int64_t row_begin, int64_t col_begin,
-                     const py::object& out, int threads) {
+                     const py::object& out, int threads, bool stream) {
   const char* op = "dequantize_4bit";
   const TensorView target = matrix(out, op, "out");
   const Packed4bit w = packed_of(packed, checked_mul(rows, cols, op), op);
@@ -130,7 +130,8 @@ void dequantize_4bit(const py::tuple& packed, int64_t rows, int64_t cols, int64_
                   row_begin + target.shape[0],
                   col_begin,
                   col_begin + target.shape[1],
-                  target.shape[0] > 1 ? target.strides[0] : target.shape[1]};
+                  target.shape[0] > 1 ? target.strides[0] : target.shape[1],
+                  stream};
   PYFINETUNE_CHECK(row_begin >= 0 && col_begin >= 0 && tile.row_end <= rows && tile.col_end <= cols,
                    "dequantize_4bit: out reaches past the weight");
   if (target.shape[0] == 0 || target.shape[1] == 0) return;

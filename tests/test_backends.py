@@ -58,7 +58,7 @@ def test_a_forked_child_does_not_hang():
         "    same = pf._native.native.in_forked_child()\n"
         "    fields = pf.ops.nf4.packed_fields(packed.tensors(), 64, 0)\n"
         "    out = torch.from_numpy(numpy.zeros((512, 512), numpy.float32))\n"  # torch's own kernels hang in a child
-        "    pf._native.native.dequantize_4bit(fields, 512, 512, 0, 0, pf._native.capsule(out), 2)\n"
+        "    pf._native.native.dequantize_4bit(fields, 512, 512, 0, 0, pf._native.capsule(out), 2, False)\n"
         "    os._exit(0 if same and out.numpy().tobytes() == expected.numpy().tobytes() else 3)\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
@@ -73,11 +73,11 @@ def test_the_native_door_checks_again():
     out = torch.empty(64, 128)
     short = (*(None if t is None else capsule(t) for t in (packed.codes[:5], *packed.tensors()[1:])), 64, 0)
     with pytest.raises(pf.InvalidInput, match="codes has 5 elements, needs 4096"):
-        native.dequantize_4bit(short, 64, 128, 0, 0, capsule(out), 1)
+        native.dequantize_4bit(short, 64, 128, 0, 0, capsule(out), 1, False)
     fields = nf4.packed_fields(packed.tensors(), 64, 0)
     with pytest.raises(pf.InvalidInput, match="out reaches past the weight"):
-        native.dequantize_4bit(fields, 64, 128, 1, 0, capsule(out), 1)
+        native.dequantize_4bit(fields, 64, 128, 1, 0, capsule(out), 1, False)
     with pytest.raises(pf.InvalidInput, match="not a DLPack capsule"):
-        native.dequantize_4bit(fields, 64, 128, 0, 0, out, 1)
+        native.dequantize_4bit(fields, 64, 128, 0, 0, out, 1, False)
     with pytest.raises(pf.InvalidInput, match="size overflows 64 bits"):
-        native.dequantize_4bit(fields, 2**40, 2**40, 0, 0, capsule(out), 1)
+        native.dequantize_4bit(fields, 2**40, 2**40, 0, 0, capsule(out), 1, False)

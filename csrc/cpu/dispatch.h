@@ -12,6 +12,7 @@ struct Tile {
   int64_t cols;
   int64_t row_begin, row_end, col_begin, col_end;
   int64_t out_stride;  // elements between rows of the output
+  bool stream;         // write past the caches: for a scratch that other cores have just read
 };
 
 // y[m, n] = round(sum_k x[m, k] * w[n, k] + bias[n]) for a few rows m. x is packed by the caller: `x_rows` holds rows

@@ -204,35 +204,43 @@ void row_squares(const void* w, DType dtype, int64_t rows, int64_t cols, int64_t
 
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i is word i % 4 of the
 // block at counter i / 4 under the key `seed`, so that any element's bit is known from (seed, i) alone.
-// Words of kLanes consecutive counters, in element order.
-inline void philox(uint64_t first_counter, uint64_t seed, uint32_t* words) {
-  uint32_t low[kLanes], high[kLanes];
-  for (int j = 0; j < kLanes; ++j) {
-    low[j] = uint32_t(first_counter + uint64_t(j));
-    high[j] = uint32_t((first_counter + uint64_t(j)) >> 32);
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxKeys {
+  uint32_t first[kPhiloxRounds], second[kPhiloxRounds];
+};
+
+inline PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keys.first[round] = uint32_t(seed) + uint32_t(round) * 0x9E3779B9u;
+    keys.second[round] = uint32_t(seed >> 32) + uint32_t(round) * 0xBB67AE85u;
   }
+  return keys;
+}
+
+// The 4 * kWide words of kWide consecutive counters, in element order.
+inline void philox(uint64_t first_counter, const PhiloxKeys& keys, uint32_t* words) {
   const Words m0 = wset(0xD2511F53u), m1 = wset(0xCD9E8D57u);
-  Words c0 = wload(low), c1 = wload(high), c2 = wset(0), c3 = wset(0);
-  Words k0 = wset(uint32_t(seed)), k1 = wset(uint32_t(seed >> 32));
-  for (int round = 0; round < 10; ++round) {
-    const Words high0 = wmul_high(c0, m0), low0 = wmul_low(c0, m0);
-    const Words high1 = wmul_high(c2, m1), low1 = wmul_low(c2, m1);
-    c0 = wxor(wxor(high1, c1), k0);
-    c1 = low1;
-    c2 = wxor(wxor(high0, c3), k1);
-    c3 = low0;
-    k0 = wadd(k0, wset(0x9E3779B9u));
-    k1 = wadd(k1, wset(0xBB67AE85u));
+  Words c0 = wcounters(first_counter), c1 = whigh(c0), c2 = wset(0), c3 = wset(0);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    // A low word is the product itself: the next multiply reads low halves only, and xor keeps halves apart.
+    const Words p0 = wmul(c0, m0), p1 = wmul(c2, m1);
+    c0 = wxor(whigh(p1), c1, wset(keys.first[round]));
+    c2 = wxor(whigh(p0), c3, wset(keys.second[round]));
+    c1 = p1;
+    c3 = p0;
   }
   winterleave(c0, c1, c2, c3, words);
 }
 
 template <class T>
 void dropout_range(const T* x, T* out, int64_t begin, int64_t end, uint32_t threshold, float scale, uint64_t seed) {
-  constexpr int64_t kChunk = 4 * kLanes;
+  constexpr int64_t kChunk = 64;  // four vectors of the widest set: independent chains hide the multiply's latency
   alignas(64) uint32_t words[kChunk];
+  const PhiloxKeys keys = philox_keys(seed);
   for (int64_t i = begin; i < end; i += kChunk) {
-    philox(uint64_t(i) / 4, seed, words);
+    for (int64_t j = 0; j < kChunk; j += 4 * kWide) philox(uint64_t(i + j) / 4, keys, words + j);
     const int64_t count = min64(kChunk, end - i);
     int64_t j = 0;
     // A dropped element is zero even where x is infinite, so the mask selects and does not multiply.

@@ -203,8 +203,8 @@ inline T* decode_span(const DecodeTable<T>& table, const uint8_t* codes, int64_t
 }
 
 // Elements [begin, end) of the flat weight into out; any begin and end, odd ones too. With `stream`, aligned blocks are
-// written past the caches: a large output is not read back from there, and a scratch that another core has just read
-// would otherwise be fetched from that core line by line (up to 15 times slower, when the cores share no cache).
+// written past the caches: a scratch that another core has just read would otherwise be fetched back from that core line
+// by line (up to 15 times slower, where the cores share no cache). Outputs that nobody has read are faster without.
 template <class T>
 void decode_range(const Packed4bit& w, int64_t begin, int64_t end, T* out, bool stream) {
   const uint8_t* codes = w.codes;
@@ -223,12 +223,10 @@ void decode_range(const Packed4bit& w, int64_t begin, int64_t end, T* out, bool 
   if (stream) vfence();
 }
 
-constexpr int64_t kStreamBytes = 1 << 20;  // outputs from here on are written past the caches
-
 template <class T>
 void decode_tile(const Packed4bit& w, const Tile& tile, T* out, int threads) {
   const int64_t width = tile.col_end - tile.col_begin, height = tile.row_end - tile.row_begin;
-  const bool stream = width * height * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool stream = tile.stream;
   if (tile.out_stride == tile.cols && width == tile.cols) {  // one flat range
     const int64_t first = tile.row_begin * tile.cols, total = height * width;
     // A grain is a multiple of every block size, so that threads share no table.

@@ -117,35 +117,30 @@ inline __m256i vround_fp16(Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAR
 inline void vstore(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_bf16(x)); }
 inline void vstore(fp16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_fp16(x)); }
 
-// kLanes unsigned 32-bit words.
+// kWide unsigned 32-bit words, each in the low half of a 64-bit lane; what stands in the high half does not matter.
+// wcounters gives kWide consecutive 64-bit counters, wmul 64-bit products.
+constexpr int kWide = 8;
 using Words = __m512i;
 
 inline Words wset(uint32_t x) { return _mm512_set1_epi32(int(x)); }
-inline Words wload(const uint32_t* p) { return _mm512_loadu_si512(p); }
-inline Words wadd(Words a, Words b) { return _mm512_add_epi32(a, b); }
-inline Words wxor(Words a, Words b) { return _mm512_xor_si512(a, b); }
-inline Words wmul_low(Words a, Words b) { return _mm512_mullo_epi32(a, b); }
-inline Words wmul_high(Words a, Words b) {
-  const Words even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
-  const Words odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
-  return _mm512_mask_mov_epi32(even, 0xaaaa, odd);
+inline Words wcounters(uint64_t first) {
+  return _mm512_add_epi64(_mm512_set1_epi64(int64_t(first)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
 }
+inline Words wmul(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+inline Words whigh(Words product) { return _mm512_srli_epi64(product, 32); }
+inline Words wxor(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 // Writes a[0] b[0] c[0] d[0] a[1] b[1] ...
 inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
-  const Words ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
-  const Words cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
-  const Words q[4] = {_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab0, cd0), _mm512_unpacklo_epi64(ab1, cd1),
-                      _mm512_unpackhi_epi64(ab1, cd1)};
-  for (int i = 0; i < 4; ++i) {
-    _mm_storeu_si128((__m128i*)(out + 4 * i), _mm512_extracti32x4_epi32(q[i], 0));
-    _mm_storeu_si128((__m128i*)(out + 16 + 4 * i), _mm512_extracti32x4_epi32(q[i], 1));
-    _mm_storeu_si128((__m128i*)(out + 32 + 4 * i), _mm512_extracti32x4_epi32(q[i], 2));
-    _mm_storeu_si128((__m128i*)(out + 48 + 4 * i), _mm512_extracti32x4_epi32(q[i], 3));
-  }
+  const Words ab = _mm512_mask_mov_epi32(a, 0xaaaa, _mm512_slli_epi64(b, 32));
+  const Words cd = _mm512_mask_mov_epi32(c, 0xaaaa, _mm512_slli_epi64(d, 32));
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi64(ab, first, cd));
+  _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi64(ab, second, cd));
 }
-// x where word >= threshold, else 0.
+// x where word >= threshold, else 0; kLanes words.
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
-  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(wload(words), wset(threshold)), x);
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(int(threshold))), x);
 }
 
 #elif defined(__AVX2__)
@@ -182,32 +177,27 @@ inline __m128i vround_fp16(Vec x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAR
 inline void vstore(bf16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_bf16(x)); }
 inline void vstore(fp16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_fp16(x)); }
 
+constexpr int kWide = 4;
 using Words = __m256i;
 
 inline Words wset(uint32_t x) { return _mm256_set1_epi32(int(x)); }
-inline Words wload(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline Words wadd(Words a, Words b) { return _mm256_add_epi32(a, b); }
-inline Words wxor(Words a, Words b) { return _mm256_xor_si256(a, b); }
-inline Words wmul_low(Words a, Words b) { return _mm256_mullo_epi32(a, b); }
-inline Words wmul_high(Words a, Words b) {
-  const Words even = _mm256_srli_epi64(_mm256_mul_epu32(a, b), 32);
-  const Words odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
-  return _mm256_blend_epi32(even, odd, 0xaa);
+inline Words wcounters(uint64_t first) {
+  return _mm256_add_epi64(_mm256_set1_epi64x(int64_t(first)), _mm256_setr_epi64x(0, 1, 2, 3));
 }
+inline Words wmul(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+inline Words whigh(Words product) { return _mm256_srli_epi64(product, 32); }
+inline Words wxor(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
-  const Words ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
-  const Words cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
-  const Words q[4] = {_mm256_unpacklo_epi64(ab0, cd0), _mm256_unpackhi_epi64(ab0, cd0), _mm256_unpacklo_epi64(ab1, cd1),
-                      _mm256_unpackhi_epi64(ab1, cd1)};
-  for (int i = 0; i < 4; ++i) {
-    _mm_storeu_si128((__m128i*)(out + 4 * i), _mm256_castsi256_si128(q[i]));
-    _mm_storeu_si128((__m128i*)(out + 16 + 4 * i), _mm256_extracti128_si256(q[i], 1));
-  }
+  const Words ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa);
+  const Words cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0xaa);
+  const Words even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
+  _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256((__m256i*)(out + 8), _mm256_permute2x128_si256(even, odd, 0x31));
 }
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
-  const Words w = wload(words);
-  const Words keep = _mm256_cmpeq_epi32(_mm256_max_epu32(w, wset(threshold)), w);  // AVX2 has no unsigned compare
-  return _mm256_and_ps(x, _mm256_castsi256_ps(keep));
+  const __m256i w = _mm256_loadu_si256((const __m256i*)words), t = _mm256_set1_epi32(int(threshold));
+  // AVX2 has no unsigned compare: w >= t exactly when max(w, t) = w.
+  return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, t), w)));
 }
 
 #else
@@ -230,19 +220,19 @@ inline Vec vmul(Vec a, Vec b) { return a * b; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline float vsum(Vec a) { return a; }
 
-using Words = uint32_t;
+constexpr int kWide = 1;
+using Words = uint64_t;
 
 inline Words wset(uint32_t x) { return x; }
-inline Words wload(const uint32_t* p) { return *p; }
-inline Words wadd(Words a, Words b) { return a + b; }
-inline Words wxor(Words a, Words b) { return a ^ b; }
-inline Words wmul_low(Words a, Words b) { return a * b; }
-inline Words wmul_high(Words a, Words b) { return uint32_t((uint64_t(a) * b) >> 32); }
+inline Words wcounters(uint64_t first) { return first; }
+inline Words wmul(Words a, Words b) { return uint64_t(uint32_t(a)) * uint32_t(b); }
+inline Words whigh(Words product) { return product >> 32; }
+inline Words wxor(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
-  out[0] = a;
-  out[1] = b;
-  out[2] = c;
-  out[3] = d;
+  out[0] = uint32_t(a);
+  out[1] = uint32_t(b);
+  out[2] = uint32_t(c);
+  out[3] = uint32_t(d);
 }
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) { return *words >= threshold ? x : 0.0f; }
 

@@ -333,9 +333,21 @@ def packed_fields(tensors, block_size: int, nested_block_size: int) -> tuple:
     return (*capsules, block_size, nested_block_size)
 
 
-def decode_into(out: torch.Tensor, fields: tuple, rows: int, cols: int, row_begin: int = 0, col_begin: int = 0) -> None:
-    """Decode the tile of a [rows, cols] weight that starts at (row_begin, col_begin) into the 2-D tensor `out`."""
-    native.dequantize_4bit(fields, rows, cols, row_begin, col_begin, capsule(out), threads())
+def decode_into(
+    out: torch.Tensor,
+    fields: tuple,
+    rows: int,
+    cols: int,
+    row_begin: int = 0,
+    col_begin: int = 0,
+    *,
+    stream: bool = False,
+) -> None:
+    """Decode the tile of a [rows, cols] weight that starts at (row_begin, col_begin) into the 2-D tensor `out`.
+
+    `stream` writes past the caches, for a scratch that other cores have just read.
+    """
+    native.dequantize_4bit(fields, rows, cols, row_begin, col_begin, capsule(out), threads(), stream)
 
 
 def _decode_cpu(out, *args):

@@ -34,6 +34,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model as a YAML file says; run it again to go on after an interruption."""
+    from pyfinetune.train.pages import restart_with_recycled_pages
+
+    restart_with_recycled_pages()
     from pyfinetune.train.config import load_config
     from pyfinetune.train.report import result_lines
     from pyfinetune.train.run import train as run_train
@@ -48,6 +51,43 @@ def train(
         typer.echo("\n".join(lines))
     if result.interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A causal language model's name or folder, instead of our own.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file that `train` accepts, instead of docstrings.")
+    ] = None,
+    output_dir: Annotated[str, typer.Option(metavar="FOLDER", help="Where model and adapter go.")] = "demo-output",
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 42,
+    minutes: Annotated[float, typer.Option(help="How long it may take, about.")] = 3.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    pretrain_steps: Annotated[
+        int | None, typer.Option(help="Steps on raw text, instead of as many as the time allows.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of QLoRA, instead of as many as the time allows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a small model and fine-tune it with QLoRA on this machine, offline, and show before and after."""
+    from pyfinetune.train.pages import restart_with_recycled_pages
+
+    restart_with_recycled_pages()
+    from rich.console import Console
+
+    from pyfinetune.demo.run import demo as run_demo
+    from pyfinetune.demo.settings import Settings
+
+    settings = Settings(model, data, output_dir, seed, minutes, device, pretrain_steps, steps)
+    try:
+        result = run_demo(settings, Console(stderr=as_json))
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what was made so far is in {output_dir}, and `pyfinetune demo` starts over", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
 
 
 @app.command()

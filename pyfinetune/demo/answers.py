@@ -1,0 +1,98 @@
+"""A few held-out questions, and what the model answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LONGEST_QUESTION, _LONGEST_TRUTH = 40, 32  # tokens; three fit on a screen
+_NEW_TOKENS = 40
+_CONTINUED_FROM = 24  # of raw text, which has no question, the model is given this many tokens
+
+
+@dataclass
+class Sample:
+    """One question.
+
+    Args:
+        prompt: token ids.
+        question, truth: as text.
+        before, after: the model's answers.
+    """
+
+    prompt: list[int]
+    question: str
+    truth: str
+    before: str = ""
+    after: str = ""
+
+
+def choose(rows: Sequence[Sequence[Any]], tokenizer: Any, seed: int, count: int = 3) -> list[Sample]:
+    """Choose held-out questions, short ones where there are some.
+
+    Args:
+        rows: held-out rows of documents.
+        tokenizer: of the run.
+        seed: decides which.
+        count: how many at most.
+
+    Returns:
+        The questions with their true answers. Of raw text, which is learned from its first token, the beginning
+        stands for the question.
+
+    Example:
+        >>> choose(rows.held_out, tokenizer, seed=42)[0].truth  # doctest: +SKIP
+        'Delete all messages.'
+    """
+    samples = []
+    for document in (document for row in rows for document in row):
+        ids, learned = document.input_ids.tolist(), document.learned
+        start = int(learned.argmax())
+        if start <= 1 and learned[start:].all():
+            start = min(_CONTINUED_FROM, len(ids) // 2)
+        end = next((at for at in range(start, len(ids)) if not learned[at] and at > start), len(ids))
+        if start == 0 or end == start:
+            continue
+        question, truth = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:end]))
+        samples.append(
+            (start > _LONGEST_QUESTION or end - start > _LONGEST_TRUTH, Sample(ids[:start], question, truth))
+        )
+    random.Random(seed).shuffle(samples)
+    return [sample for _, sample in sorted(samples, key=lambda pair: pair[0])[:count]]
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
+    """The model's most likely answer, token by token.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        prompt: token ids.
+
+    Returns:
+        At most 40 tokens as one line of text.
+
+    Example:
+        >>> answer(model, tokenizer, tokenizer("What does `os.abort()` do?\\n")["input_ids"])  # doctest: +SKIP
+        'Abort the process.'
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt], device=device)
+    was_training = model.training
+    model.eval()
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model.train(was_training)
+    return " ".join(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).split())

@@ -99,9 +99,16 @@ class Op:
         if backward is not None:
             torch.library.register_autograd(f"pyfinetune::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.overload = getattr(torch.ops.pyfinetune, name).default
+        self._function = None if backward is None else _eager_function(self.overload, setup_context, backward)
         REGISTRY[name] = self
 
     def __call__(self, *args):
+        # The registered autograd looks each argument up in the schema again for each argument, in Python: 85 us a call
+        # for a schema of 17. Eager calls that need gradients take the same two functions without that detour.
+        if self._function is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for arg in args:
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    return self._function.apply(*args)
         return self.overload(*args)
 
     def _run(self, *args):
@@ -143,6 +150,16 @@ class Op:
                 reason = present[name] or ("another backend is forced" if _forced else "a faster backend was chosen")
             choices.append(Choice(name, reason))
         return Explanation(self.name, chosen, tuple(choices))
+
+
+def _eager_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
+    """The op's gradient as a plain autograd function around its registered forward."""
+    members = {
+        "forward": staticmethod(lambda *args: overload(*args)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    return type(f"{overload.__name__}_function", (torch.autograd.Function,), members)
 
 
 def _validated(name: str | None, source: str) -> str | None:

@@ -107,8 +107,8 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor 
 def _thin(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """x a^T for a of few rows.
 
-    With the short side as its rows torch's 16-bit GEMM is a quarter faster; its float32 one sums in longer chains there,
-    at twice the rounding error.
+    With the short side as its rows torch's 16-bit GEMM is a quarter faster; its float32 one sums in longer chains
+    there, at twice the rounding error.
     """
     return x @ a.T if x.dtype == torch.float32 else (a @ x.T).T.contiguous()
 

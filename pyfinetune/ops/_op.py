@@ -154,12 +154,13 @@ class Op:
 
 def _eager_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
     """The op's gradient as a plain autograd function around its registered forward."""
-    members = {
-        "forward": staticmethod(lambda *args: overload(*args)),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-    }
-    return type(f"{overload.__name__}_function", (torch.autograd.Function,), members)
+
+    def forward(*args):
+        return overload(*args)
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    namespace = {name: staticmethod(function) for name, function in members.items()}
+    return type(f"{overload.__name__}_function", (torch.autograd.Function,), namespace)
 
 
 def _validated(name: str | None, source: str) -> str | None:

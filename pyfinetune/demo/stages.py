@@ -5,6 +5,7 @@ configuration -> read_data -> prepare_rows -> prepare_model -> (time a step) -> 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -110,7 +111,9 @@ def prepare(values: dict[str, Any], *, bf16: bool = False, optimizer: Any = None
 
 
 def step_seconds(stage: Stage, batch_rows: int) -> float:
-    """Time one forward and backward pass of a batch; neither weights nor random state change.
+    """Time a step on one batch; neither weights nor random state change.
+
+    An optimizer of the stage's own is timed with it, on a copy of the model; the trainer's takes next to nothing.
 
     Args:
         stage: what `prepare` returned.
@@ -126,6 +129,10 @@ def step_seconds(stage: Stage, batch_rows: int) -> float:
     from pyfinetune.train.packing import collate
 
     model, device = stage.model, next(stage.model.parameters()).device
+    optimizer = None
+    if stage.optimizer is not None:
+        model = copy.deepcopy(model)
+        optimizer = stage.optimizer(model)
     batch = collate(stage.rows.train[:batch_rows], 0, stage.config.max_length)
     inputs = {name: value.to(device) for name, value in batch.items() if name != "num_tokens"}
     times = []
@@ -137,6 +144,8 @@ def step_seconds(stage: Stage, batch_rows: int) -> float:
             with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
                 loss = model(**inputs, use_cache=False).loss
             loss.backward()
+            if optimizer is not None:
+                optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)

@@ -8,12 +8,13 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from tiny_model import save_tiny, tiny_fixture  # noqa: F401
+from tiny_model import make_model, tiny_fixture  # noqa: F401
 
 import pyfinetune as pf
 from pyfinetune import cli
@@ -60,6 +61,30 @@ class TestBase:
             contents.append((tmp_path / str(number) / "model.safetensors").read_bytes())
         assert contents[0] == contents[1] != contents[2]
 
+    def test_the_optimizer_takes_matrices_and_tables_apart(self):
+        model = make_model()
+        optimizer = base.MuonWithAdamW(model, matrix_lr=0.02, other_lr=0.003)
+        muon, adamw = optimizer._parts
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        matrices = {id(value) for group in muon.param_groups for value in group["params"]}
+        others = {id(value) for group in adamw.param_groups for value in group["params"]}
+        assert {id(embedding), id(head)} <= others
+        assert matrices.isdisjoint(others)
+        assert matrices | others == {id(value) for value in model.parameters()}
+        # A schedule over the whole reaches both parts.
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for value in model.parameters():
+            value.grad = torch.ones_like(value)
+        optimizer.step()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        optimizer.step()
+        assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        optimizer.zero_grad()
+        assert all(value.grad is None for value in model.parameters())
+
 
 class TestSettings:
     @pytest.mark.parametrize(
@@ -93,11 +118,11 @@ class TestSettings:
         monkeypatch.setattr(time, "perf_counter", lambda: now[0])
         clock = Clock(60)
         assert clock.share(0.5) == 30
-        now[0] += 40
-        assert clock.elapsed == 40
-        assert clock.share(0.5) == 10
+        now[0] += 30
+        assert clock.elapsed == 30
+        assert clock.share(0.5) == 15
         now[0] += 400
-        assert clock.share(0.5) == 3  # late, yet never nothing
+        assert clock.share(0.5) == 10  # late, yet a stage is not starved
 
 
 def tiny_values(tiny: str, folder: Path, **change) -> dict:
@@ -120,8 +145,12 @@ def tiny_values(tiny: str, folder: Path, **change) -> dict:
 
 
 class TestStages:
-    def test_timing_a_step_changes_nothing(self, tiny, tmp_path):
-        stage = stages.prepare(tiny_values(tiny, tmp_path, lora_dropout=0.1))
+    @pytest.mark.parametrize("own_optimizer", [False, True])
+    def test_timing_a_step_changes_nothing(self, tiny, tmp_path, own_optimizer):
+        change = {"method": "full"} if own_optimizer else {"lora_dropout": 0.1}
+        stage = stages.prepare(tiny_values(tiny, tmp_path, **change))
+        if own_optimizer:
+            stage.optimizer = partial(base.MuonWithAdamW, matrix_lr=0.1, other_lr=0.1)
         before = {name: value.clone() for name, value in stage.model.state_dict().items()}
         state, mode = torch.get_rng_state(), stage.model.training
         assert stages.step_seconds(stage, 4) > 0
@@ -394,19 +423,18 @@ def test_brackets_in_texts_are_not_markup(capsys):
 
 @pytest.mark.slow
 def test_the_demo_at_its_full_size(tmp_path):
-    """A minute of the real thing: both losses fall clearly, and the answers are English."""
-    start = time.monotonic()
+    """Fewer steps of the real thing, as a person starts it: both losses fall clearly, at equal loss without kernels."""
+    steps = ["--pretrain-steps", "60", "--steps", "40", "--minutes", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "pyfinetune.cli", "demo", "--minutes", "1", "--json", "--output-dir", str(tmp_path)],
+        [sys.executable, "-m", "pyfinetune.cli", "demo", *steps, "--json", "--output-dir", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["pretrain"]["loss"] < result["pretrain"]["loss_before"] - 1.5
-    assert result["finetune"]["loss"] < result["finetune"]["loss_before"] - 0.5
+    assert result["pretrain"]["loss"] < result["pretrain"]["loss_before"] - 2
+    assert result["finetune"]["loss"] < result["finetune"]["loss_before"] - 0.4
     assert result["comparison"]["equal_loss"], result["comparison"]
-    assert any(len(sample["after"].split()) >= 3 for sample in result["samples"])
-    assert time.monotonic() - start < 600
+    assert all(len(sample["after"].split()) >= 3 for sample in result["samples"])

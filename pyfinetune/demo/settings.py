@@ -100,5 +100,5 @@ class Clock:
         return time.perf_counter() - self._start
 
     def share(self, part: float) -> float:
-        """A part of the seconds that are left; of a tenth of all when there are fewer, so that it stays positive."""
-        return part * max(self.seconds - self.elapsed, self.seconds / 10)
+        """A part of the seconds that are left, or of a third of all: a stage after a slow one is not starved."""
+        return part * max(self.seconds - self.elapsed, self.seconds / 3)

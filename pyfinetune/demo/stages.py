@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def step_seconds(stage: Stage, batch_rows: int) -> float:
         batch_rows: rows in a batch.
 
     Returns:
-        Seconds: the fastest of a few passes.
+        Seconds: the median of a few passes, so that a busy machine is planned for as it is.
 
     Example:
         >>> step_seconds(stage, 4)  # doctest: +SKIP
@@ -139,7 +140,7 @@ def step_seconds(stage: Stage, batch_rows: int) -> float:
     was_training = model.training
     model.train()
     with torch.random.fork_rng():
-        for _ in range(4):
+        for _ in range(6):
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
                 loss = model(**inputs, use_cache=False).loss
@@ -151,7 +152,7 @@ def step_seconds(stage: Stage, batch_rows: int) -> float:
             times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     model.train(was_training)
-    return min(times)
+    return statistics.median(times[1:])
 
 
 def plan_steps(stage: Stage, seconds: float, batch_rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import math
 from collections.abc import Iterator
@@ -66,24 +67,24 @@ class FastLora:
         return y
 
     @staticmethod
+    @abc.abstractmethod
     def base_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | Packed4bit | None:
         """What the op takes as the base weight, or None where PEFT's path has to run."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def decoded(base: nn.Module) -> torch.Tensor:
         """The base weight [out, in] as the original forward would see it."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def probe_dtype(base: nn.Module) -> torch.dtype:
         """The dtype of x that the layer is made for."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def storage(base: nn.Module) -> tuple:
         """What distinguishes base weights of one shape from each other."""
-        raise NotImplementedError
 
     @staticmethod
     def base_why_not(base: nn.Module) -> str | None:

@@ -28,19 +28,23 @@ constexpr bool kPacksBf16 = false;
 // acc[row][m] += dot of `depth` columns (a multiple of the step) of one scratch row with one row of x, in vector lanes.
 template <int MB, class T>
 inline void dot_block(const T* scratch, const float* x, int64_t x_stride, int depth, Vec (*acc)[kSmallMatmulRows]) {
-  Vec sum[kRows][MB];
-  for (int r = 0; r < kRows; ++r)
-    for (int m = 0; m < MB; ++m) sum[r][m] = acc[r][m];
-  for (int k = 0; k < depth; k += kLanes) {
-    Vec w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = vload(scratch + r * kDepth + k);
-    for (int m = 0; m < MB; ++m) {
-      const Vec xm = vload(x + m * x_stride + k);
-      for (int r = 0; r < kRows; ++r) sum[r][m] = vfma(w[r], xm, sum[r][m]);
+  constexpr int kSegment = 64 * kLanes;  // short chains: with one lane a single sum would gather rounding errors
+  for (int begin = 0; begin < depth; begin += kSegment) {
+    const int end = int(min64(depth, begin + kSegment));
+    Vec sum[kRows][MB];
+    for (int r = 0; r < kRows; ++r)
+      for (int m = 0; m < MB; ++m) sum[r][m] = vzero();
+    for (int k = begin; k < end; k += kLanes) {
+      Vec w[kRows];
+      for (int r = 0; r < kRows; ++r) w[r] = vload(scratch + r * kDepth + k);
+      for (int m = 0; m < MB; ++m) {
+        const Vec xm = vload(x + m * x_stride + k);
+        for (int r = 0; r < kRows; ++r) sum[r][m] = vfma(w[r], xm, sum[r][m]);
+      }
     }
+    for (int r = 0; r < kRows; ++r)
+      for (int m = 0; m < MB; ++m) acc[r][m] = vadd(acc[r][m], sum[r][m]);
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int m = 0; m < MB; ++m) acc[r][m] = sum[r][m];
 }
 
 #if defined(__AVX512BF16__)

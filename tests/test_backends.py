@@ -12,6 +12,7 @@ import torch
 import pyfinetune as pf
 from pyfinetune._native import capsule, native
 from pyfinetune.ops import nf4
+from pyfinetune.ops._op import REGISTRY
 
 
 def test_cuda_asked_for_without_a_gpu_says_so():
@@ -81,3 +82,18 @@ def test_the_native_door_checks_again():
         native.dequantize_4bit(fields, 64, 128, 0, 0, out, 1, False)
     with pytest.raises(pf.InvalidInput, match="size overflows 64 bits"):
         native.dequantize_4bit(fields, 2**40, 2**40, 0, 0, capsule(out), 1, False)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("registered", [False, True], ids=["public", "registered"])
+def test_a_second_derivative_is_refused(backend, registered):
+    """What backward reads from saved results carries no graph: a silent second derivative would be a wrong one."""
+    x, a, b = torch.randn(5, 64), torch.randn(4, 64, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    packed = pf.ops.quantize_4bit(torch.randn(16, 64))
+    op = REGISTRY["lora_linear"]
+    with pf.use_backend(backend):
+        args = op.prepare(x, packed, a, b, 0.5)
+        y = (op.overload(*args) if registered else op(*args))[0]
+        (d_lora_b,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            d_lora_b.square().sum().backward()

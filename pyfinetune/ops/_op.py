@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from pyfinetune.errors import BackendUnavailable, InvalidInput
 
@@ -97,6 +98,8 @@ class Op:
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfinetune::{name}", self._fake, lib=LIBRARY)
         if backward is not None:
+            # A second derivative would miss what backward reads from saved results; it must fail, not be wrong.
+            backward = once_differentiable(backward)
             torch.library.register_autograd(f"pyfinetune::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.overload = getattr(torch.ops.pyfinetune, name).default
         self._function = None if backward is None else _eager_function(self.overload, setup_context, backward)

@@ -198,17 +198,19 @@ class TestNativeSources:
         includes = includes_of(path)
         for include in includes:
             assert not re.match(r"[<\"](torch|ATen|c10|caffe2)/", include), f"{path.name} includes {include}"
-        if path.name != "bindings.cpp":
+        if path.parent.name != "bindings":
             assert not any("pybind11" in i or "Python.h" in i for i in includes), f"{path.name} knows Python"
         if path.suffix != ".cu" and path.name != "launch.h":
             assert not any(i.startswith("<cuda") for i in includes), f"{path.name} knows CUDA"
 
     @pytest.mark.parametrize(
-        "path", [*sorted((CSRC / "cpu").glob("*.kernel.h")), CSRC / "cpu" / "vec.h"], ids=lambda path: path.name
+        "path",
+        [*sorted((CSRC / "cpu").glob("*.kernel.h")), CSRC / "cpu" / "vec.h", CSRC / "cpu" / "vec_math.h"],
+        ids=lambda path: path.name,
     )
     def test_kernels_include_intrinsics_and_each_other(self, path):
         allowed = re.compile(
-            r'<immintrin\.h>|<arm_neon\.h>|<stdint\.h>|"\.\./(nf4_format|tensor_view)\.h"|"(vec|parallel)\.h"|"[a-z0-9_]+\.kernel\.h"'
+            r'<immintrin\.h>|<arm_neon\.h>|<stdint\.h>|"\.\./(nf4_format|tensor_view)\.h"|"(vec|vec_math|parallel)\.h"|"[a-z0-9_]+\.kernel\.h"'
         )
         for include in includes_of(path):
             assert allowed.fullmatch(include), f"{path.name} includes {include}"
@@ -220,7 +222,10 @@ class TestNativeSources:
 
     def test_kernel_code_is_in_the_namespace_of_its_instruction_set(self):
         """What is outside could be merged by the linker with a copy that was compiled for another machine."""
-        for path in [*(CSRC / "cpu").glob("*.kernel.h"), CSRC / "cpu" / "vec.h", CSRC / "cpu" / "parallel.h"]:
+        for path in [
+            *(CSRC / "cpu").glob("*.kernel.h"),
+            *(CSRC / "cpu" / f"{n}.h" for n in ("vec", "vec_math", "parallel")),
+        ]:
             text = path.read_text(encoding="utf-8")
             opening = "namespace pyfinetune {\nnamespace PYFINETUNE_ISA {\nnamespace {\n"
             assert text.count(opening) == 1, path.name

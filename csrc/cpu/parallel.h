@@ -34,6 +34,23 @@ void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
 #endif
 }
 
+// Calls f(rank, begin, end) on ranges of at most `grain` that cover [0, n), handed out in order to whichever thread is
+// free: for units of unequal work. rank < threads names the thread, for scratch memory. What a unit computes must not
+// depend on who computes it.
+template <class F>
+void parallel_dynamic(int64_t n, int64_t grain, int threads, const F& f) {
+  const int64_t grains = (n + grain - 1) / grain;
+  if (grains < threads) threads = int(grains);
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < grains; ++i) f(omp_get_thread_num(), i * grain, (i + 1) * grain < n ? (i + 1) * grain : n);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < grains; ++i) f(0, i * grain, (i + 1) * grain < n ? (i + 1) * grain : n);
+}
+
 }  // namespace
 }  // namespace PYFINETUNE_ISA
 }  // namespace pyfinetune

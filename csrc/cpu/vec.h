@@ -1,5 +1,7 @@
 // The few SIMD verbs that kernels are written in; every one static, so that no copy compiled for one instruction set
-// can be picked by the linker for another. `Vec` is a vector of kLanes floats.
+// can be picked by the linker for another. `Vec` is a vector of kLanes floats. vmin and vmax give their second operand
+// where either is NaN; vload_n and vstore_n touch the first n lanes only (1 <= n <= kLanes) and load zeros behind them;
+// vscale2 is x * 2^n for whole -252 <= n <= 254.
 #pragma once
 #include <stdint.h>
 
@@ -101,9 +103,14 @@ inline Vec vload(const bf16* p) {
 inline Vec vload(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec vdiv(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float vsum(Vec a) { return _mm512_reduce_add_ps(a); }
+inline float vhmax(Vec a) { return _mm512_reduce_max_ps(a); }
 
 // Round to nearest even, subnormals kept (the hardware's own bf16 conversion flushes them), NaN kept quiet.
 inline __m256i vround_bf16(Vec x) {
@@ -116,6 +123,20 @@ inline __m256i vround_bf16(Vec x) {
 inline __m256i vround_fp16(Vec x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void vstore(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_bf16(x)); }
 inline void vstore(fp16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, vround_fp16(x)); }
+
+inline __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+inline Vec vload_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline Vec vload_n(const bf16* p, int n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline Vec vload_n(const fp16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline void vstore_n(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+inline void vstore_n(bf16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), vround_bf16(x)); }
+inline void vstore_n(fp16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), vround_fp16(x)); }
+
+inline Vec vround(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec vscale2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 
 // kWide unsigned 32-bit words, each in the low half of a 64-bit lane; what stands in the high half does not matter.
 // wcounters gives kWide consecutive 64-bit counters, wmul 64-bit products.
@@ -157,12 +178,21 @@ inline Vec vload(const bf16* p) {
 inline Vec vload(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 inline Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec vdiv(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline float vsum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float vhmax(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
 inline __m128i vround_bf16(Vec x) {
@@ -176,6 +206,34 @@ inline __m128i vround_bf16(Vec x) {
 inline __m128i vround_fp16(Vec x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void vstore(bf16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_bf16(x)); }
 inline void vstore(fp16* p, Vec x) { _mm_storeu_si128((__m128i*)p, vround_fp16(x)); }
+
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec vload_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+inline void vstore_n(float* p, Vec x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+// AVX2 has no masked access to 16-bit elements.
+template <class T>
+inline Vec vload_n(const T* p, int n) {
+  T padded[kLanes] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return vload(padded);
+}
+template <class T>
+inline void vstore_n(T* p, Vec x, int n) {
+  T padded[kLanes];
+  vstore(padded, x);
+  for (int i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+inline Vec vround(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// In two steps, as 2^n itself may not be representable where the product is.
+inline Vec vscale2(Vec x, Vec n) {
+  const __m256i exponent = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(exponent, 1), bias = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(exponent, half), bias), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
 
 constexpr int kWide = 4;
 using Words = __m256i;
@@ -215,10 +273,30 @@ template <class T>
 inline void vstore(T* p, Vec x) {
   *p = from_float<T>(x);
 }
+template <class T>
+inline Vec vload_n(const T* p, int) {
+  return to_float(*p);
+}
+template <class T>
+inline void vstore_n(T* p, Vec x, int) {
+  *p = from_float<T>(x);
+}
 inline Vec vadd(Vec a, Vec b) { return a + b; }
+inline Vec vsub(Vec a, Vec b) { return a - b; }
 inline Vec vmul(Vec a, Vec b) { return a * b; }
+inline Vec vdiv(Vec a, Vec b) { return a / b; }
+inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline float vsum(Vec a) { return a; }
+inline float vhmax(Vec a) { return a; }
+// Adding 1.5 * 2^23 leaves no room for a fraction, so the hardware rounds it away; |x| < 2^22.
+inline Vec vround(Vec x) { return (x + 12582912.0f) - 12582912.0f; }
+inline Vec vscale2(Vec x, Vec n) {
+  if (n != n) return n;
+  const int32_t exponent = int32_t(n), half = exponent >> 1;
+  return x * bits_float(uint32_t(half + 127) << 23) * bits_float(uint32_t(exponent - half + 127) << 23);
+}
 
 constexpr int kWide = 1;
 using Words = uint64_t;

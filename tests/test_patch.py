@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from pyfinetune.hf import patch as patch_module
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from pyfinetune.hf import lora_linear  # noqa: E402
+from pyfinetune.hf import changes, lora_linear  # noqa: E402
 from pyfinetune.hf.lora_linear import FastLora  # noqa: E402
 
 BASES = ["dense", "4bit", "bnb"]
@@ -363,9 +364,8 @@ def test_a_failed_swap_is_taken_back(monkeypatch):
     model = adapted("llama")
     found = patch_module._candidates(model)
     slotted = type("Slotted", (FastLora, type(found[-1].module)), {"__slots__": ("extra",)})
-    object.__setattr__(found[-1], "replacement", slotted)
-    object.__setattr__(found[-1], "prove", found[0].prove)
-    object.__setattr__(found[-1], "signature", found[-2].signature)
+    change = changes.ClassSwap(found[-1].module, slotted)
+    found[-1] = dataclasses.replace(found[-1], change=change, prove=found[0].prove, signature=found[-2].signature)
     monkeypatch.setattr(patch_module, "_candidates", lambda model: found)
     with pytest.raises(TypeError):
         pf.patch(model)

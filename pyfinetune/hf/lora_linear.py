@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-import copy
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +15,13 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pyfinetune.hf.changes import ClassSwap
 from pyfinetune.hf.peft_lora import LoraLinear4bit
-from pyfinetune.hf.probe import Candidate, Proof, compare, run_with_grads
+from pyfinetune.hf.probe import Candidate, Proof, compare, has_hooks, run_with_grads, twin_of, why_fixed
 from pyfinetune.linear4bit import Linear4bit
 from pyfinetune.ops import Packed4bit, dequantize_4bit, lora_linear
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def compute_dtype_of(x: torch.Tensor) -> torch.dtype:
@@ -174,16 +173,12 @@ def adapter_why_not(module: PeftLinear, name: str) -> str | None:
     return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[hooks] for hooks in _HOOKS)
-
-
 def _hooked(module: PeftLinear, name: str) -> bool:
     """Whether someone listens to a child that the op would run past."""
     children = [module.base_layer, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]]
     if name in module.lora_magnitude_vector:
         children.append(module.lora_magnitude_vector[name])
-    return any(map(_has_hooks, children))
+    return any(map(has_hooks, children))
 
 
 # --- finding the layers
@@ -210,19 +205,9 @@ def _why_not(module: BaseTunerLayer, base: nn.Module, fast: type[FastLora] | Non
         return f"no kernel for {_qualified(module)} over {_qualified(base)}"
     if module.base_layer is not base:
         return "adapters are nested"
-    for name, child in module.named_modules():
-        where = f"its {name}" if name else "it"
-        if hasattr(child, "_hf_hook"):
-            return f"{where} is dispatched by accelerate (_hf_hook)"
-        if "forward" in child.__dict__:
-            return f"{where} has a forward of its own (instance attribute)"
-        if name and _has_hooks(child):
-            return f"{where} has hooks, which the op would run past"
-        if hasattr(child, "parametrizations"):
-            return f"{where} is parametrized"
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta:
-            return f"{name} is on the meta device"
+    fixed = why_fixed(module)
+    if fixed is not None:
+        return fixed
     if not len(module.lora_A):
         return "it has no LoRA adapter"
     reasons = [adapter_why_not(module, name) for name in module.lora_A]
@@ -248,7 +233,9 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         fast = _fast_class(module, base)
         reason = _why_not(module, base, fast)
         signature = None if reason else _signature(module, base, fast)
-        yield Candidate(_kind(module, base, fast), name, module, fast, reason, signature, _prove)
+        change = None if reason else ClassSwap(module, fast)
+        prove = functools.partial(_prove, module, fast)
+        yield Candidate(_kind(module, base, fast), name, module, change, reason, signature, prove)
 
 
 # --- the proof
@@ -322,7 +309,7 @@ def _probe(module: PeftLinear, fast: type[FastLora], name: str, shape: tuple[int
     values = {key: value if key == "x" else _recast(value, actual[key].dtype) for key, value in inputs.items()}
     if isinstance(weight, torch.Tensor):
         values["base_layer.weight"] = _recast(decoded, weight.dtype, weight.requires_grad)
-    proof = compare(run(_stand_in(module, fast, name, _copy(base)), values), theirs, exact, dtype)
+    proof = compare(run(_stand_in(module, fast, name, twin_of(base)), values), theirs, exact, dtype)
     adapter = (values[f"lora_A.{name}.weight"], values[f"lora_B.{name}.weight"], module.scaling[name])
     return proof, explain("lora_linear", x, weight, *adapter).backend
 
@@ -362,19 +349,9 @@ def _random_inputs(
     return inputs
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """A second module object over the same tensors, without the first one's hooks."""
-    twin = copy.copy(module)
-    twin._parameters, twin._buffers, twin._modules = (
-        dict(part) for part in (module._parameters, module._buffers, module._modules)
-    )
-    twin.__dict__.update({key: value for key, value in nn.Module().__dict__.items() if key.endswith("_hooks")})
-    return twin
-
-
 def _stand_in(module: PeftLinear, kind: type, name: str, base: nn.Module) -> nn.Module:
     """The layer as it would be with one adapter active, over `base`, with empty parameters to be filled by a call."""
-    twin = _copy(module)
+    twin = twin_of(module)
     twin.__class__ = kind
     rank = module.r[name]
     parts = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from pyfinetune.hf.changes import Change
 
 # How far a replacement may be off, in units of the original's own error: that of a backend's gradients.
 _FACTOR = 2.0
@@ -36,19 +39,67 @@ class Candidate:
         kind: what it is, in words.
         name: its path in the model.
         module: the module.
-        replacement: the class that would replace its own.
+        change: what would put the kernels in; None where it is left alone.
         reason: why it is left alone; None if only the probe is still to come.
         signature: modules that share it are proved by one probe.
-        prove: the probe: (module, replacement) -> proof and the backend that ran.
+        prove: the probe; gives the proof and the backend that ran.
     """
 
     kind: str
     name: str
     module: nn.Module
-    replacement: type | None
+    change: Change | None
     reason: str | None
     signature: tuple | None
-    prove: Callable[[Any, Any], tuple[Proof, str]]
+    prove: Callable[[], tuple[Proof, str]] | None
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to calls of this module itself."""
+    return any(module.__dict__[hooks] for hooks in HOOKS)
+
+
+def why_fixed(module: nn.Module) -> str | None:
+    """The reason why a module cannot take another class, or its children be run past, whatever it computes; or None."""
+    for name, child in module.named_modules():
+        where = f"its {name}" if name else "it"
+        if hasattr(child, "_hf_hook"):
+            return f"{where} is dispatched by accelerate (_hf_hook)"
+        if "forward" in child.__dict__:
+            return f"{where} has a forward of its own (instance attribute)"
+        if name and has_hooks(child):
+            return f"{where} has hooks, which the op would run past"
+        if hasattr(child, "parametrizations"):
+            return f"{where} is parametrized"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            return f"{name} is on the meta device"
+    return None
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """A second module object over the same tensors and children, without the first one's hooks."""
+    twin = copy.copy(module)
+    twin._parameters, twin._buffers, twin._modules = (
+        dict(part) for part in (module._parameters, module._buffers, module._modules)
+    )
+    twin.__dict__.update({key: value for key, value in nn.Module().__dict__.items() if key.endswith("_hooks")})
+    return twin
+
+
+class Widened(TorchFunctionMode):
+    """Inside, whatever asks for float32 gets float64, so that code which computes "in float32" can be run exactly."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call the function with float64 where float32 was asked for."""
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def run_with_grads(

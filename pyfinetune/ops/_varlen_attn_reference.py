@@ -102,14 +102,14 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, sof
     return out, lse
 
 
-def backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap, *needs):
+def backward(dout, q, k, v, _out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap, *needs):
     """Schema: see `varlen_attn_bwd`."""
     need_dq, need_dk, need_dv = needs
     num_kv_heads, dtype = k.shape[1], stat_dtype(q.dtype)
     grads = [x.new_zeros(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True)]
     for rows_q, rows_k in _stacks("varlen_attn_bwd", q, k, cu_seqlens_q, cu_seqlens_k):
         seen = _visible(rows_q.shape[1], rows_k.shape[1], causal, left, right, q.device)
-        q_, out_, dout_ = (_grouped(x, rows_q, num_kv_heads) for x in (q, out, dout))
+        q_, dout_ = (_grouped(x, rows_q, num_kv_heads) for x in (q, dout))
         k_, v_ = k[rows_k].to(dtype), v[rows_k].to(dtype)
         scores, masked = _scores(q_, k_, seen, scale, softcap)
         p = _weights(masked, lse[:, rows_q].transpose(0, 1).unflatten(1, (num_kv_heads, -1)))
@@ -117,8 +117,9 @@ def backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale,
             grads[2][rows_k] = torch.einsum("nhgqk,nqhgd->nkhd", p, dout_).to(v.dtype)
         if not (need_dq or need_dk):
             continue
-        delta = (dout_ * out_).sum(-1).permute(0, 2, 3, 1)  # [n, num_kv_heads, group, lq]
-        ds = p * (torch.einsum("nqhgd,nkhd->nhgqk", dout_, v_) - delta[..., None])
+        dp = torch.einsum("nqhgd,nkhd->nhgqk", dout_, v_)
+        # sum(p * dp) = dout . out, but where one key has nearly all the weight dp's rounding errors cancel only here.
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         if softcap:
             ds = ds * (1 - (scores / softcap) ** 2)
         ds = ds * scale

@@ -1,0 +1,131 @@
+"""The reference of `varlen_attn`: plain torch, one softmax a document, the scores written out.
+
+Documents of equal lengths are stacked, so that thousands of short ones cost a few calls and not thousands; a stack
+holds at most `STACK` scores, or one document. Scores and probabilities are float32 whatever the inputs are, float64
+for float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from pyfinetune.ops._checks import fail
+
+STACK = 1 << 22  # scores, of 4 bytes
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores, probabilities and lse are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def boundaries(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
+    """The values of cu_seqlens, once they are known to be boundaries of documents in `total` rows."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        fail(op, f"{name} starts at {values[0]}, needs 0")
+    for i, (start, end) in enumerate(itertools.pairwise(values)):
+        if end < start:
+            fail(op, f"{name} decreases from {start} to {end} at document {i}")
+    if values[-1] > total:
+        fail(op, f"{name} ends at {values[-1]}, past the {total} rows that there are")
+    return values
+
+
+def _stacks(op: str, q, k, cu_seqlens_q, cu_seqlens_k) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(rows of q [n, lq], rows of k [n, lk]) for stacks of documents that are equally long; none are empty."""
+    starts_q = boundaries(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    starts_k = boundaries(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    by_length: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for i in range(len(starts_q) - 1):
+        lengths = (starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i])
+        if all(lengths):
+            by_length.setdefault(lengths, []).append((starts_q[i], starts_k[i]))
+    for (lq, lk), starts in by_length.items():
+        step = max(1, STACK // (q.shape[1] * lq * lk))
+        for first in range(0, len(starts), step):
+            start_q, start_k = torch.tensor(starts[first : first + step], device=q.device).unbind(1)
+            rows_q = start_q[:, None] + torch.arange(lq, device=q.device)
+            rows_k = start_k[:, None] + torch.arange(lk, device=q.device)
+            yield rows_q, rows_k
+
+
+def _visible(lq: int, lk: int, causal: bool, left: int, right: int, device: torch.device) -> torch.Tensor:
+    """bool [lq, lk]: the keys that each query sees."""
+    at = torch.arange(lq, device=device)[:, None] + (lk - lq)
+    key = torch.arange(lk, device=device)
+    seen = torch.ones(lq, lk, dtype=torch.bool, device=device)
+    if causal:
+        seen &= key <= at
+    if left >= 0:
+        seen &= key >= at - min(left, lq + lk)
+    if right >= 0:
+        seen &= key <= at + min(right, lq + lk)
+    return seen
+
+
+def _scores(q, k, seen, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [n, num_kv_heads, group, lq, lk] after scale and softcap: as they are, and -inf where not seen."""
+    scores = torch.einsum("nqhgd,nkhd->nhgqk", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores, scores.masked_fill(~seen, float("-inf"))
+
+
+def _weights(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """exp(score - lse); zero in a row that sees no key, whose lse is -inf."""
+    return torch.exp(masked - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+
+
+def _grouped(x: torch.Tensor, rows: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """x [total, num_heads, d] at these rows: [n, lq, num_kv_heads, group, d] in the dtype of scores."""
+    return x[rows].to(stat_dtype(x.dtype)).unflatten(2, (num_kv_heads, -1))
+
+
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap):
+    """Schema: see `varlen_attn`."""
+    (total_q, num_heads, _), num_kv_heads, dtype = q.shape, k.shape[1], stat_dtype(q.dtype)
+    out = q.new_zeros((total_q, num_heads, v.shape[2]))
+    lse = q.new_full((num_heads, total_q), float("-inf"), dtype=dtype)
+    for rows_q, rows_k in _stacks("varlen_attn", q, k, cu_seqlens_q, cu_seqlens_k):
+        seen = _visible(rows_q.shape[1], rows_k.shape[1], causal, left, right, q.device)
+        q_, k_, v_ = _grouped(q, rows_q, num_kv_heads), k[rows_k].to(dtype), v[rows_k].to(dtype)
+        _, masked = _scores(q_, k_, seen, scale, softcap)
+        lse_ = masked.logsumexp(-1)
+        o = torch.einsum("nhgqk,nkhd->nqhgd", _weights(masked, lse_), v_)
+        o = o.masked_fill(~seen.any(1)[:, None, None, None], 0.0)  # also where v is not finite
+        out[rows_q] = o.flatten(2, 3).to(q.dtype)
+        lse[:, rows_q] = lse_.flatten(1, 2).transpose(0, 1)
+    return out, lse
+
+
+def backward(dout, q, k, v, _out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap, *needs):
+    """Schema: see `varlen_attn_bwd`."""
+    need_dq, need_dk, need_dv = needs
+    num_kv_heads, dtype = k.shape[1], stat_dtype(q.dtype)
+    grads = [x.new_zeros(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True)]
+    for rows_q, rows_k in _stacks("varlen_attn_bwd", q, k, cu_seqlens_q, cu_seqlens_k):
+        seen = _visible(rows_q.shape[1], rows_k.shape[1], causal, left, right, q.device)
+        q_, dout_ = (_grouped(x, rows_q, num_kv_heads) for x in (q, dout))
+        k_, v_ = k[rows_k].to(dtype), v[rows_k].to(dtype)
+        scores, masked = _scores(q_, k_, seen, scale, softcap)
+        p = _weights(masked, lse[:, rows_q].transpose(0, 1).unflatten(1, (num_kv_heads, -1)))
+        if need_dv:
+            grads[2][rows_k] = torch.einsum("nhgqk,nqhgd->nkhd", p, dout_).to(v.dtype)
+        if not (need_dq or need_dk):
+            continue
+        dp = torch.einsum("nqhgd,nkhd->nhgqk", dout_, v_)
+        # sum(p * dp) = dout . out, but where one key has nearly all the weight dp's rounding errors cancel only here.
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if softcap:
+            ds = ds * (1 - (scores / softcap) ** 2)
+        ds = ds * scale
+        if need_dq:
+            dq = torch.einsum("nhgqk,nkhd->nqhgd", ds, k_)
+            grads[0][rows_q] = dq.masked_fill(~seen.any(1)[:, None, None, None], 0.0).flatten(2, 3).to(q.dtype)
+        if need_dk:
+            grads[1][rows_k] = torch.einsum("nhgqk,nqhgd->nkhd", ds, q_).to(k.dtype)
+    return tuple(grads)

@@ -15,6 +15,11 @@ from pyfinetune.hf.report import LEFT, SWAPPED, Report, Row
 # one that has none must not. Blocks come after what they contain.
 KINDS = {
     "lora_linear": "peft",
+    "rms_norm": "transformers",
+    "gated_mlp": "transformers",
+    "attention_block": "transformers",
+    "attention": "transformers",
+    "causal_lm_loss": "transformers",
 }
 
 

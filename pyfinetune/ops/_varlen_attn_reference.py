@@ -7,6 +7,7 @@ for float64.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -75,9 +76,9 @@ def _scores(q, k, seen, scale: float, softcap: float) -> tuple[torch.Tensor, tor
     return scores, scores.masked_fill(~seen, float("-inf"))
 
 
-def _weights(masked: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """exp(score - lse); zero in a row that sees no key, whose lse is -inf."""
-    return torch.exp(masked - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+def _weights(masked: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Softmax over the keys; zero in a row that sees none."""
+    return torch.softmax(masked, dim=-1).masked_fill(~seen.any(dim=1)[:, None], 0.0)
 
 
 def _grouped(x: torch.Tensor, rows: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -85,6 +86,18 @@ def _grouped(x: torch.Tensor, rows: torch.Tensor, num_kv_heads: int) -> torch.Te
     return x[rows].to(stat_dtype(x.dtype)).unflatten(2, (num_kv_heads, -1))
 
 
+def _as_written(function):
+    """The function with autocast off: inside an op it would still cast what goes into each product."""
+
+    @functools.wraps(function)
+    def call(x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return call
+
+
+@_as_written
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap):
     """Schema: see `varlen_attn`."""
     (total_q, num_heads, _), num_kv_heads, dtype = q.shape, k.shape[1], stat_dtype(q.dtype)
@@ -94,16 +107,20 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, sof
         seen = _visible(rows_q.shape[1], rows_k.shape[1], causal, left, right, q.device)
         q_, k_, v_ = _grouped(q, rows_q, num_kv_heads), k[rows_k].to(dtype), v[rows_k].to(dtype)
         _, masked = _scores(q_, k_, seen, scale, softcap)
-        lse_ = masked.logsumexp(-1)
-        o = torch.einsum("nhgqk,nkhd->nqhgd", _weights(masked, lse_), v_)
+        o = torch.einsum("nhgqk,nkhd->nqhgd", _weights(masked, seen), v_)
         o = o.masked_fill(~seen.any(1)[:, None, None, None], 0.0)  # also where v is not finite
         out[rows_q] = o.flatten(2, 3).to(q.dtype)
-        lse[:, rows_q] = lse_.flatten(1, 2).transpose(0, 1)
+        lse[:, rows_q] = masked.logsumexp(-1).flatten(1, 2).transpose(0, 1)
     return out, lse
 
 
-def backward(dout, q, k, v, _out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap, *needs):
-    """Schema: see `varlen_attn_bwd`."""
+@_as_written
+def backward(dout, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, softcap, *needs):
+    """Schema: see `varlen_attn_bwd`.
+
+    `out` and `lse` are there for kernels, which cannot hold a row of probabilities: exp(score - lse) carries lse's
+    rounding, and dout . out in place of sum(p * dp) the rounding of both; eager code has neither.
+    """
     need_dq, need_dk, need_dv = needs
     num_kv_heads, dtype = k.shape[1], stat_dtype(q.dtype)
     grads = [x.new_zeros(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True)]
@@ -112,13 +129,12 @@ def backward(dout, q, k, v, _out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale
         q_, dout_ = (_grouped(x, rows_q, num_kv_heads) for x in (q, dout))
         k_, v_ = k[rows_k].to(dtype), v[rows_k].to(dtype)
         scores, masked = _scores(q_, k_, seen, scale, softcap)
-        p = _weights(masked, lse[:, rows_q].transpose(0, 1).unflatten(1, (num_kv_heads, -1)))
+        p = _weights(masked, seen)
         if need_dv:
             grads[2][rows_k] = torch.einsum("nhgqk,nqhgd->nkhd", p, dout_).to(v.dtype)
         if not (need_dq or need_dk):
             continue
         dp = torch.einsum("nqhgd,nkhd->nhgqk", dout_, v_)
-        # sum(p * dp) = dout . out, but where one key has nearly all the weight dp's rounding errors cancel only here.
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         if softcap:
             ds = ds * (1 - (scores / softcap) ** 2)

@@ -90,6 +90,11 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
+def patch_lora(model: nn.Module):
+    """`pf.patch` of the adapter layers alone."""
+    return pf.patch(model, kinds=["lora_linear"])
+
+
 def exact_twin(model: nn.Module) -> nn.Module:
     """The same model in float64, on PEFT's own dense layers over the decoded weights."""
     from peft.tuners.lora.layer import Linear as PeftLinear

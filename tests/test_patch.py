@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from peft_models import adapted, base_model, batch, lora_layers, randomise, run
+from peft_models import adapted, base_model, batch, lora_layers, patch_lora, randomise, run
 from torch import nn
 
 import pyfinetune as pf
@@ -47,7 +47,7 @@ def test_patching_leaves_no_trace():
         return modes, tensors, list(model.state_dict()), torch.get_rng_state().tolist()
 
     before, ids = trace(), [id(module) for module in model.modules()]
-    pf.patch(model)
+    patch_lora(model)
     assert trace() == before
     assert [id(module) for module in model.modules()] == ids
     assert all(p.grad is grads[name] for name, p in model.named_parameters())
@@ -58,7 +58,7 @@ def test_undo_is_exact(base):
     model = adapted("qwen2", torch.bfloat16, base, use_dora=True)
     before, classes = run(model, batch()), [type(module) for module in model.modules()]
     attributes = [set(module.__dict__) for module in model.modules()]
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert fast_layers(model) == 14
     run(model, batch())
     report.undo()
@@ -67,7 +67,7 @@ def test_undo_is_exact(base):
     after = run(model, batch())
     assert all(torch.equal(after[name], value) for name, value in before.items())
     report.undo()
-    assert pf.patch(model).swapped == 14
+    assert patch_lora(model).swapped == 14
 
 
 def test_saved_adapter_has_the_same_keys_and_bytes(tmp_path):
@@ -75,7 +75,7 @@ def test_saved_adapter_has_the_same_keys_and_bytes(tmp_path):
 
     model = adapted("llama", base="4bit", use_dora=True)
     model.save_pretrained(tmp_path / "before")
-    pf.patch(model)
+    patch_lora(model)
     model.save_pretrained(tmp_path / "after")
     before, after = (load_file(tmp_path / part / "adapter_model.safetensors") for part in ("before", "after"))
     assert before.keys() == after.keys()
@@ -86,7 +86,7 @@ def test_saved_adapter_has_the_same_keys_and_bytes(tmp_path):
 
 def test_deepcopy_of_a_patched_model():
     model = adapted("llama", base="4bit")
-    pf.patch(model)
+    patch_lora(model)
     twin = copy.deepcopy(model)
     ours, theirs = run(model, batch()), run(twin, batch())
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())
@@ -96,7 +96,7 @@ def test_deepcopy_of_a_patched_model():
 
 def test_a_patched_layer_compiles_as_one_graph():
     model = adapted("llama", torch.float32, "4bit", use_dora=True)
-    pf.patch(model)
+    patch_lora(model)
     layer, x = lora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"], torch.randn(3, 64)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
@@ -127,7 +127,7 @@ def test_fallbacks_are_bit_for_bit_pefts(base):
         return found
 
     before = outputs(copy.deepcopy(model))  # PEFT's unmerging leaves rounding errors in a dense base
-    assert pf.patch(model).swapped == 14
+    assert patch_lora(model).swapped == 14
     after = outputs(model)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
@@ -138,7 +138,7 @@ def test_fallbacks_are_bit_for_bit_pefts(base):
 
 def test_a_hook_added_later_is_heard():
     model = adapted("llama")
-    pf.patch(model)
+    patch_lora(model)
     layer = lora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"]
     x, seen = torch.randn(3, 64), []
     layer.lora_A["default"].register_forward_hook(lambda *args: seen.append(1))
@@ -148,7 +148,7 @@ def test_a_hook_added_later_is_heard():
 
 def test_wrong_calls_raise_as_in_peft():
     model = adapted("llama")
-    pf.patch(model)
+    patch_lora(model)
     layer = lora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"]
     with pytest.raises(RuntimeError):
         layer(torch.randn(3, 64, dtype=torch.bfloat16))
@@ -191,13 +191,13 @@ def test_the_probe_finds_a_fault_even_at_fresh_adapters(fault, dtype, monkeypatc
     before = run(model, batch())
     with monkeypatch.context() as context:
         context.setattr(lora_linear, "lora_linear", swapped_op(FAULTS[fault]))
-        report = pf.patch(model)
+        report = patch_lora(model)
     assert report.swapped == 0
     assert fast_layers(model) == 0
     assert all(reason.startswith("the probe failed: ") for reason in reasons(report))
     assert all(torch.equal(value, before[name]) for name, value in run(model, batch()).items())
     assert json.loads(report.to_json())["left"] == 2
-    assert pf.patch(model).swapped == 2
+    assert patch_lora(model).swapped == 2
 
 
 def hook_a_child(layer):
@@ -248,7 +248,7 @@ def test_left_alone_with_a_reason(change, message):
     layer = lora_layers(model)[name]
     kind = type(layer)
     change(layer)
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert report.swapped == 13
     (row,) = [row for row in report.rows if row.status == "left"]
     assert (row.name, row.backend, row.probe_error) == (name, None, None)
@@ -259,22 +259,22 @@ def test_left_alone_with_a_reason(change, message):
 
 def test_adapters_of_other_kinds_are_left():
     model = adapted("qwen2", lora_bias=True, target_modules=["q_proj"])
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert report.swapped == 0
     assert reasons(report) == {"the adapter has a bias (lora_bias)"}
     model = peft.get_peft_model(base_model(), peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert report.swapped == 2
     assert reasons(report) == {"no kernel for lora.layer.Embedding over torch.nn.modules.sparse.Embedding"}
     model = peft.get_peft_model(base_model(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    assert reasons(pf.patch(model)) == {"no kernel for ia3.layer.Linear over torch.nn.modules.linear.Linear"}
+    assert reasons(patch_lora(model)) == {"no kernel for ia3.layer.Linear over torch.nn.modules.linear.Linear"}
 
 
 def test_bitsandbytes_settings_that_round_differently_are_left():
     model = adapted("llama", torch.bfloat16, "bnb")
     for layer in lora_layers(model).values():
         layer.base_layer.compute_dtype = torch.float32
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert report.swapped == 0
     assert "set bnb_4bit_compute_dtype=torch.bfloat16" in reasons(report).pop()
 
@@ -286,7 +286,7 @@ def test_a_weight_that_bitsandbytes_decodes_wrongly_is_left():
     from pyfinetune.hf.lora_bnb import packed_of
 
     model = adapted("llama", torch.bfloat16, "bnb", intermediate_size=96)
-    report = pf.patch(model)
+    report = patch_lora(model)
     base = lora_layers(model)["base_model.model.model.layers.0.mlp.down_proj"].base_layer
     theirs = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     right = torch.equal(theirs, pf.ops.dequantize_4bit(packed_of(base)))
@@ -301,7 +301,7 @@ def test_a_weight_that_bitsandbytes_decodes_wrongly_is_left():
 
 def test_report_rows_and_json_and_text():
     model = adapted("llama", torch.bfloat16, "4bit")
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert [row.name for row in report.rows] == list(lora_layers(model))
     assert {row.kind for row in report.rows} == {"LoRA over pf.Linear4bit"}
     assert all(row.reason is None and 0 < row.probe_error < 0.05 for row in report.rows)
@@ -312,7 +312,7 @@ def test_report_rows_and_json_and_text():
     assert text.startswith("14 of 14 modules swapped")
     assert "q_proj" in text
     assert len(text.splitlines()) < 12
-    again = pf.patch(model)
+    again = patch_lora(model)
     assert again.swapped == 0
     assert reasons(again) == {"already patched"}
     assert {row.kind for row in again.rows} == {"LoRA over pf.Linear4bit"}
@@ -324,31 +324,31 @@ def test_one_probe_for_layers_that_agree(monkeypatch):
     probed = []
     original = lora_linear._prove
     monkeypatch.setattr(lora_linear, "_prove", lambda *args: probed.append(args[0]) or original(*args))
-    assert pf.patch(adapted("llama")).swapped == 14
+    assert patch_lora(adapted("llama")).swapped == 14
     assert len(probed) == 4  # q and o; k and v; gate and up; down
 
 
 def test_nothing_to_patch():
-    report = pf.patch(nn.Sequential(nn.Linear(4, 4)))
+    report = patch_lora(nn.Sequential(nn.Linear(4, 4)))
     assert report.rows == ()
     assert "nothing to patch" in str(report)
     report.undo()
     with pytest.raises(InvalidInput, match="model is dict"):
-        pf.patch({})
+        patch_lora({})
 
 
 def test_a_forced_backend_that_cannot_run_raises_and_swaps_nothing():
     model = adapted("llama")
     with pytest.raises(BackendUnavailable), pf.use_backend("cuda"):
-        pf.patch(model)
+        patch_lora(model)
     assert fast_layers(model) == 0
     with pf.use_backend("reference"):
-        assert {row.backend for row in pf.patch(model).rows} == {"reference"}
+        assert {row.backend for row in patch_lora(model).rows} == {"reference"}
 
 
 def test_an_undo_that_would_not_be_exact_raises():
     model = adapted("llama")
-    report = pf.patch(model)
+    report = patch_lora(model)
     layer = lora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"]
     fast = type(layer)
     layer.__class__ = type("Wrapped", (fast,), {})
@@ -362,13 +362,13 @@ def test_an_undo_that_would_not_be_exact_raises():
 
 def test_a_failed_swap_is_taken_back(monkeypatch):
     model = adapted("llama")
-    found = patch_module._candidates(model)
+    found = patch_module._candidates(model, ["lora_linear"])
     slotted = type("Slotted", (FastLora, type(found[-1].module)), {"__slots__": ("extra",)})
     change = changes.ClassSwap(found[-1].module, slotted)
     found[-1] = dataclasses.replace(found[-1], change=change, prove=found[0].prove, signature=found[-2].signature)
-    monkeypatch.setattr(patch_module, "_candidates", lambda model: found)
+    monkeypatch.setattr(patch_module, "_candidates", lambda model, kinds: found)
     with pytest.raises(TypeError):
-        pf.patch(model)
+        patch_lora(model)
     assert fast_layers(model) == 0
 
 
@@ -377,7 +377,7 @@ def test_a_report_keeps_no_model_alive():
     import weakref
 
     model = adapted("llama")
-    report, watch = pf.patch(model), weakref.ref(model)
+    report, watch = patch_lora(model), weakref.ref(model)
     del model
     gc.collect()
     assert watch() is None
@@ -390,7 +390,7 @@ def test_an_unregistered_adapter_over_our_layers_is_swapped_and_then_merges():
     model = pf.quantize(base_model())
     model = randomise(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))).eval()
     before = model(**batch()).logits
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert report.swapped == 14
     assert torch.allclose(model(**batch()).logits, before, atol=1e-4)
     model.merge_adapter()

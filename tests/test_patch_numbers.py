@@ -6,9 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft_models import METHODS, adapted, assert_close, batch, exact_twin, lora_layers, run
-
-import pyfinetune as pf
+from peft_models import METHODS, adapted, assert_close, batch, exact_twin, lora_layers, patch_lora, run
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -26,7 +24,7 @@ BASES = ["dense", "4bit", "bnb"]
 def test_logits_and_every_gradient_are_as_good_as_pefts(arch, dtype, base, method):
     model = adapted(arch, dtype, base, autocast_adapter_dtype=False, **METHODS[method])
     exact, eager = run(exact_twin(model), batch()), run(model, batch())
-    report = pf.patch(model)
+    report = patch_lora(model)
     assert report.swapped == 14, report
     assert report.left == 0
     assert {row.backend for row in report.rows} == {"cpu"}
@@ -43,7 +41,7 @@ def test_under_autocast_float32_adapters_are_as_good_as_pefts(base):
             return run(model, batch())
 
     eager = autocast_run()
-    assert pf.patch(model).swapped == 14
+    assert patch_lora(model).swapped == 14
     ours = autocast_run()
     assert {name: value.dtype for name, value in ours.items()} == {name: value.dtype for name, value in eager.items()}
     assert_close(ours, eager, exact, torch.bfloat16)
@@ -60,7 +58,7 @@ def test_float32_adapters_on_a_bfloat16_base_compute_as_under_autocast(base):
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
     exact, eager = run(exact_twin(model), batch()), run(low, batch())
-    assert pf.patch(model).swapped == 14
+    assert patch_lora(model).swapped == 14
     ours = run(model, batch())
     assert {value.dtype for name, value in ours.items() if name != "logits"} == {torch.float32}
     assert_close(ours, eager, exact, torch.bfloat16)
@@ -73,7 +71,7 @@ def test_a_trainable_dense_base_gets_its_gradient(method):
         if "base_layer" in name:
             parameter.requires_grad_()
     exact, eager = run(exact_twin(model), batch()), run(model, batch())
-    assert pf.patch(model).swapped == 14
+    assert patch_lora(model).swapped == 14
     ours = run(model, batch())
     assert any("base_layer.weight" in name for name in ours)
     assert any("base_layer.bias" in name for name in ours)
@@ -83,7 +81,7 @@ def test_a_trainable_dense_base_gets_its_gradient(method):
 def test_a_frozen_base_stays_frozen():
     model = adapted("qwen2")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    pf.patch(model)
+    patch_lora(model)
     model(**batch()).loss.backward()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -96,7 +94,7 @@ def test_a_frozen_base_stays_frozen():
 @pytest.mark.parametrize("base", ["dense", "4bit"])
 def test_dropout_follows_the_seed_and_the_mode(base, method):
     model = adapted("llama", torch.float32, base, lora_dropout=0.5, **METHODS[method])
-    assert pf.patch(model).swapped == 14
+    assert patch_lora(model).swapped == 14
     layer = lora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"]
     x = torch.randn(6, 64)
 
@@ -122,7 +120,7 @@ def test_dropout_follows_the_seed_and_the_mode(base, method):
 def test_gradient_checkpointing_replays_the_dropout(base, reentrant):
     def grads(checkpointing: bool):
         model = adapted("llama", torch.float32, base, lora_dropout=0.2)
-        pf.patch(model)
+        patch_lora(model)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()

@@ -104,7 +104,7 @@ def test_no_bit_of_a_document_moves_when_another_changes(attention, layout, dtyp
     model.set_attn_implementation(attention)
     if method == "qlora":
         model = add_adapters(pf.quantize(model), r=4)
-        assert pf.patch(model).swapped == 14
+        assert pf.patch(model).swapped > 14
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # a fresh adapter adds nothing
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -163,7 +163,7 @@ class _Trial:
             q_size = self.sizes["qkv_proj"] - 2 * kv_size
         self.heads, self.kv_heads = q_size // module.head_dim, kv_size // module.head_dim
         self.sizes[names[-1]] = self.width
-        self.inner = {name: self.width for name in names} | {names[-1]: q_size}
+        self.inner = dict.fromkeys(names, self.width) | {names[-1]: q_size}
         parameters = [p for p in module.parameters() if p.dtype in FLOATS]
         self.dtype = parameters[0].dtype if parameters else torch.float32
         self.rotary_dim = module.head_dim

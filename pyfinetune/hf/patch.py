@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Collection
 
 from torch import nn
 
@@ -23,9 +24,9 @@ KINDS = {
 }
 
 
-def _candidates(model: nn.Module) -> list[Candidate]:
-    kinds = [kind for kind, package in KINDS.items() if package in sys.modules]
-    modules = [importlib.import_module(f"pyfinetune.hf.{kind}") for kind in kinds]
+def _candidates(model: nn.Module, kinds: Collection[str]) -> list[Candidate]:
+    known = [kind for kind, package in KINDS.items() if kind in kinds and package in sys.modules]
+    modules = [importlib.import_module(f"pyfinetune.hf.{kind}") for kind in known]
     return [candidate for module in modules for candidate in module.candidates(model)]
 
 
@@ -41,23 +42,27 @@ def _proved(candidate: Candidate, proofs: dict[tuple, tuple[Proof, str]]) -> tup
     return proofs[candidate.signature]
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model: nn.Module, kinds: Collection[str] | None = None) -> Report:
     """Swap the kernels into a model, in place.
 
-    PEFT's LoRA layers over `nn.Linear`, `pf.Linear4bit` and bitsandbytes' `Linear4bit` get a class whose forward is
-    one op. Parameters, keys, merging, saving and switching of adapters stay PEFT's. Each distinct layer is first
-    proved on random numbers: where outputs or gradients are not as close to the exact ones as the original's, it is
-    left alone. Whatever the op does not cover at run time (several active adapters, merged ones, ...) runs on PEFT's
-    own forward. Patch after `get_peft_model` and before wrapping the model in FSDP or DDP.
+    What is swapped, by kind: PEFT's LoRA layers over `nn.Linear`, `pf.Linear4bit` and bitsandbytes' `Linear4bit`
+    ("lora_linear"), RMS norms ("rms_norm"), gated feed-forward blocks ("gated_mlp"), rotary attention blocks
+    ("attention_block"), the attention itself ("attention") and the loss of a model that is called with labels
+    ("causal_lm_loss"). Blocks are found by how they are built, not by name, and each distinct one is first proved on
+    random numbers: where outputs or gradients are not as close to the exact ones as the original's, it is left alone.
+    Parameters, keys, hooks, saving, merging and switching of adapters stay what they were, and whatever a kernel does
+    not cover at run time runs on the original's own forward. Patch after `get_peft_model` and before wrapping the
+    model in FSDP or DDP.
 
     Args:
-        model: a model with PEFT adapters, on its device and in its dtype.
+        model: a Hugging Face model, with or without PEFT adapters, on its device and in its dtype.
+        kinds: which kinds to swap; all when None.
 
     Returns:
         A report: print it, read `.rows`, or call `.undo()`.
 
     Raises:
-        InvalidInput: not a module.
+        InvalidInput: not a module, or a kind that does not exist.
         BackendUnavailable: a backend is forced that cannot run here; nothing was swapped.
 
     Example:
@@ -67,9 +72,13 @@ def patch(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"patch: model is {type(model).__name__}, needs an nn.Module")
+    chosen = KINDS if kinds is None else kinds
+    unknown = sorted(set(chosen) - set(KINDS))
+    if unknown:
+        raise InvalidInput(f"patch: {', '.join(unknown)} is no kind of block; choose from {', '.join(KINDS)}")
     proofs: dict[tuple, tuple[Proof, str]] = {}
     rows, changes = [], []
-    for item in _candidates(model):
+    for item in _candidates(model, chosen):
         if item.reason is not None:
             rows.append(Row(item.kind, item.name, LEFT, None, item.reason, None))
             continue

@@ -19,7 +19,7 @@ _EPS = ("variance_epsilon", "eps")
 
 
 class FastRMSNorm:
-    """The forward that the swapped classes share; `offset` and `eps_name` are set on the class made for each original."""
+    """The forward that the swapped classes share; the class made for each original says what is added to the weight."""
 
     offset: float
     eps_name: str

@@ -78,11 +78,11 @@ def test_wrong_arguments_are_named(values, message):
 BAD_BOUNDS = {
     "starts late": ([1, 10], "starts at 1, needs 0"),
     "starts below": ([-1, 10], "starts at -1, needs 0"),
-    "decreases": ([0, 7, 3, 10], "decreases from 7 to 3 at document 1"),
-    "negative": ([0, -5], "decreases from 0 to -5 at document 0"),
-    "too long": ([0, 4, 11], "ends at 11, past the 10 rows that there are"),
-    "huge": ([0, 2**31 - 1], "ends at 2147483647, past the 10 rows"),
-    "out and back": ([0, 2**31 - 1, 10], "decreases from 2147483647 to 10 at document 1"),
+    "decreases": ([0, 7, 3, 10], "decreases at element 2"),
+    "negative": ([0, -5], "decreases at element 1"),
+    "too long": ([0, 4, 11], "ends at 11, beyond the 10 tokens"),
+    "huge": ([0, 2**31 - 1], "ends at 2147483647, beyond the 10 tokens"),
+    "out and back": ([0, 2**31 - 1, 10], "decreases at element 2"),
 }
 
 
@@ -99,7 +99,7 @@ def test_bad_boundaries_are_named(backend, bad, side):
     out, lse = pf.ops.varlen_attn(*case.args(), return_lse=True)
     op = torch.ops.pyfinetune.varlen_attn_bwd
     options = (True, 0.125, -1, -1, 0.0, True, True, True)
-    with pf.use_backend(backend), pytest.raises(pf.InvalidInput, match=f"^varlen_attn_bwd: {side} {message}"):
+    with pf.use_backend(backend), pytest.raises(pf.InvalidInput, match=f"^varlen_attn: {side} {message}"):
         op(out, *case.inputs(), out, lse, *bounds.values(), *options)
 
 
@@ -165,7 +165,7 @@ def test_the_native_backward_checks_again(change):
     q, k, v, cu_q, cu_k, out, lse, *options = native_arguments()
     grads = {"dq": torch.zeros(10, 4, 16), "dk": torch.zeros(10, 2, 16), "dv": torch.zeros(10, 2, 16)}
     dout, wrong = capsule(torch.zeros(10, 4, 16)), grads | {change[0]: change[1]}
-    with pytest.raises(pf.InvalidInput, match=r"^varlen_attn_bwd: "):
+    with pytest.raises(pf.InvalidInput, match=r"^varlen_attn: "):
         native.varlen_attn_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *map(capsule, wrong.values()), *options)
 
 

@@ -23,23 +23,23 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def boundaries(op: str, name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
+def _boundaries(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
     """The values of cu_seqlens, once they are known to be boundaries of documents in `total` rows."""
     values = cu_seqlens.tolist()
     if values[0] != 0:
-        fail(op, f"{name} starts at {values[0]}, needs 0")
-    for i, (start, end) in enumerate(itertools.pairwise(values)):
+        fail("varlen_attn", f"{name} starts at {values[0]}, needs 0")
+    for i, (start, end) in enumerate(itertools.pairwise(values), 1):
         if end < start:
-            fail(op, f"{name} decreases from {start} to {end} at document {i}")
+            fail("varlen_attn", f"{name} decreases at element {i}")
     if values[-1] > total:
-        fail(op, f"{name} ends at {values[-1]}, past the {total} rows that there are")
+        fail("varlen_attn", f"{name} ends at {values[-1]}, beyond the {total} tokens")
     return values
 
 
-def _stacks(op: str, q, k, cu_seqlens_q, cu_seqlens_k) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _stacks(q, k, cu_seqlens_q, cu_seqlens_k) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(rows of q [n, lq], rows of k [n, lk]) for stacks of documents that are equally long; none are empty."""
-    starts_q = boundaries(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    starts_k = boundaries(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    starts_q = _boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    starts_k = _boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     by_length: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i in range(len(starts_q) - 1):
         lengths = (starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i])
@@ -103,7 +103,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, left, right, sof
     (total_q, num_heads, _), num_kv_heads, dtype = q.shape, k.shape[1], stat_dtype(q.dtype)
     out = q.new_zeros((total_q, num_heads, v.shape[2]))
     lse = q.new_full((num_heads, total_q), float("-inf"), dtype=dtype)
-    for rows_q, rows_k in _stacks("varlen_attn", q, k, cu_seqlens_q, cu_seqlens_k):
+    for rows_q, rows_k in _stacks(q, k, cu_seqlens_q, cu_seqlens_k):
         seen = _visible(rows_q.shape[1], rows_k.shape[1], causal, left, right, q.device)
         q_, k_, v_ = _grouped(q, rows_q, num_kv_heads), k[rows_k].to(dtype), v[rows_k].to(dtype)
         _, masked = _scores(q_, k_, seen, scale, softcap)
@@ -124,7 +124,7 @@ def backward(dout, q, k, v, _out, _lse, cu_seqlens_q, cu_seqlens_k, causal, scal
     need_dq, need_dk, need_dv = needs
     num_kv_heads, dtype = k.shape[1], stat_dtype(q.dtype)
     grads = [x.new_zeros(x.shape if need else (0,)) for x, need in zip((q, k, v), needs, strict=True)]
-    for rows_q, rows_k in _stacks("varlen_attn_bwd", q, k, cu_seqlens_q, cu_seqlens_k):
+    for rows_q, rows_k in _stacks(q, k, cu_seqlens_q, cu_seqlens_k):
         seen = _visible(rows_q.shape[1], rows_k.shape[1], causal, left, right, q.device)
         q_, dout_ = (_grouped(x, rows_q, num_kv_heads) for x in (q, dout))
         k_, v_ = k[rows_k].to(dtype), v[rows_k].to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ CAUSAL = {
     "Mistral": {"sliding_window": 6},
     "Qwen2": {},
     "Qwen3": {"head_dim": 32},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    | {"experts_implementation": "eager"},  # the grouped product has no float64
     "Gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 20},
     "Gemma3Text": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 20},
     "Phi3": {},
@@ -75,7 +77,10 @@ def with_lora(model: nn.Module, **options) -> nn.Module:
     """The model with random adapters on every linear layer but the head."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options))
+    options = {"fan_in_fan_out": model.config.model_type == "gpt2", **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # PEFT on a mixture of experts that it knows by another name
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ BLOCKS = {
     "Qwen3Moe": {"RMSNorm": 9, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Gemma2": {"RMSNorm": 9, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Gemma3Text": {"RMSNorm": 13, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
-    "Phi3": {"RMSNorm": 5, "gated MLP": 2, "attention": 1, "causal LM loss": 1},
+    "Phi3": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "SmolLM3": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Olmo2": {"RMSNorm": 9, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Granite": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
@@ -91,7 +91,8 @@ def test_undo_gives_the_same_bits_as_before(name):
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+# How many rows an expert gets decides how its product is summed, patched or not.
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "Qwen3Moe"])
 def test_no_bit_of_a_packed_document_moves_when_another_changes(name):
     """Named regression: packing that trains across documents."""
     model = make(name)

@@ -125,6 +125,12 @@ def _dense_mask(
     return allowed[:, None]
 
 
+def restore(module: nn.Module) -> None:
+    """Give a model back the attention it would have had; anything else is left alone."""
+    if isinstance(module, PreTrainedModel) and module.config._attn_implementation == NAME:
+        module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")
+
+
 class AttentionSwitch:
     """A model's attention goes through the name under which ours is registered.
 

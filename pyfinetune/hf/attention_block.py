@@ -127,7 +127,11 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
 
 @functools.cache
 def _fast_class(original: type, rotates: bool, options: tuple) -> type:
-    return type(f"Fast{original.__name__}", (FastAttention, original), {"rotates": rotates, "options": dict(options)})
+    return type(
+        f"Fast{original.__name__}",
+        (FastAttention, original),
+        {"original": original, "rotates": rotates, "options": dict(options)},
+    )
 
 
 def _why_not(module: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -120,6 +120,8 @@ class LossCall:
 class FastHead(nn.Linear):
     """A head whose output is not computed while the model is called with labels."""
 
+    original = nn.Linear
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The logits, or the promise of them."""
         same = x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
@@ -153,6 +155,18 @@ def fast_loss(
     )
 
 
+def restore(module: nn.Module) -> None:
+    """Take out of a model or a head what `LossSwitch` has put in; anything else is left alone."""
+    if module.__dict__.get("_loss_function") is fast_loss:
+        del module._loss_function
+    module.__dict__.pop("loss_call", None)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), LossCall)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
 class LossSwitch:
     """A model's head, hooks and loss function.
 
@@ -162,7 +176,7 @@ class LossSwitch:
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear):
-        self._model, self._head, self._handles = weakref.ref(model), weakref.ref(head), []
+        self._model, self._head = weakref.ref(model), weakref.ref(head)
 
     def apply(self) -> None:
         """Put all three in."""
@@ -171,22 +185,18 @@ class LossSwitch:
             return
         head.__class__ = FastHead
         head.loss_call = call
-        self._handles = [
-            model.register_forward_pre_hook(call.before, with_kwargs=True),
-            model.register_forward_hook(call.after, always_call=True),
-        ]
+        model.register_forward_pre_hook(call.before, with_kwargs=True)
+        model.register_forward_hook(call.after, always_call=True)
         model.loss_function = fast_loss
 
     def revert(self) -> None:
         """Take all three out."""
-        for handle in self._handles:
-            handle.remove()
         model, head = self._model(), self._head()
-        if model is not None:
-            model.__dict__.pop("_loss_function", None)
         if head is not None and type(head) is FastHead:
             head.__class__ = nn.Linear
-            del head.loss_call
+        for module in (model, head):
+            if module is not None:
+                restore(module)
 
     def obstacle(self) -> str | None:
         """Another class or loss function that has come since."""
@@ -205,7 +215,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         if not isinstance(module, PreTrainedModel) or not hasattr(module, "get_output_embeddings"):
             continue
         head = module.get_output_embeddings()
-        if head is None or getattr(module, "loss_type", None) != "ForCausalLM":
+        # None stands for a name that transformers does not recognise, to which it gives this loss.
+        if head is None or getattr(module, "loss_type", None) not in ("ForCausalLM", None):
             continue
         reason = _why_not(module, head)
         change = None if reason else LossSwitch(module, head)

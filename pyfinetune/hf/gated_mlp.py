@@ -52,7 +52,7 @@ class FastGatedMLP:
 
 @functools.cache
 def _fast_class(original: type, activation_name: str, gate: str) -> type:
-    members = {"activation_name": activation_name, "gate": gate}
+    members = {"original": original, "activation_name": activation_name, "gate": gate}
     return type(f"Fast{original.__name__}", (FastGatedMLP, original), members)
 
 

@@ -38,6 +38,7 @@ class FastBnbLinear4bit(FastLora, PeftBnbLinear4bit):
     """PEFT's LoRA layer over bitsandbytes' `Linear4bit`, on `pf.ops.lora_linear`."""
 
     label = "bitsandbytes Linear4bit"
+    original = PeftBnbLinear4bit
 
     def _result(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y.to(x.dtype)  # bitsandbytes answers in x's dtype, under autocast too

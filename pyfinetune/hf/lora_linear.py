@@ -95,6 +95,7 @@ class FastLinear(FastLora, PeftLinear):
     """PEFT's LoRA layer over `nn.Linear`, on `pf.ops.lora_linear`."""
 
     label = "nn.Linear"
+    original = PeftLinear
 
     @staticmethod
     def base_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -124,6 +125,7 @@ class FastLoraLinear4bit(FastLora, LoraLinear4bit):
     """PEFT's LoRA layer over `Linear4bit`, on `pf.ops.lora_linear`."""
 
     label = "pf.Linear4bit"
+    original = LoraLinear4bit
 
     @staticmethod
     def base_weight(base: nn.Module, x: torch.Tensor) -> Packed4bit:

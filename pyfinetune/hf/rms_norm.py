@@ -32,7 +32,11 @@ class FastRMSNorm:
 
 @functools.cache
 def _fast_class(original: type, eps_name: str, offset: float) -> type:
-    return type(f"Fast{original.__name__}", (FastRMSNorm, original), {"eps_name": eps_name, "offset": offset})
+    return type(
+        f"Fast{original.__name__}",
+        (FastRMSNorm, original),
+        {"original": original, "eps_name": eps_name, "offset": offset},
+    )
 
 
 def _eps_name(module: nn.Module) -> str | None:

@@ -23,6 +23,7 @@ from pyfinetune.ops._op import explain, use_backend
 if TYPE_CHECKING:
     from pyfinetune.hf.patch import patch
     from pyfinetune.hf.peft_lora import lora_config
+    from pyfinetune.hf.verify import verify
     from pyfinetune.linear4bit import Linear4bit, quantize
     from pyfinetune.machine import info
 
@@ -35,6 +36,7 @@ _LAZY = {
     "info": "pyfinetune.machine",
     "lora_config": "pyfinetune.hf.peft_lora",
     "patch": "pyfinetune.hf.patch",
+    "verify": "pyfinetune.hf.verify",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "patch",
     "quantize",
     "use_backend",
+    "verify",
 ]
 
 

@@ -25,6 +25,9 @@ app = typer.Typer(
     help="Fast, trustworthy kernels for fine-tuning language models.",
 )
 
+# The script's own options are not ours to read.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -114,6 +117,39 @@ def bench(
     from pyfinetune.bench import runner
 
     raise typer.Exit(runner.main(ops, quick, json_path, recycled, seconds, device))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(metavar="SCRIPT.PY [ARGUMENTS]...", help="The script and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT.PY is the name of a module, as for python -m.")] = False,
+) -> None:
+    """Run a training script unchanged, with the kernels swapped in when its Trainer starts."""
+    from pyfinetune.train.pages import restart_with_recycled_pages
+
+    restart_with_recycled_pages()
+    from pyfinetune.hf.script import run_script
+
+    run_script(script, context.args, module)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A causal language model's name or folder, or a PEFT adapter's.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is the checkpoint's.")] = "auto",
+    rank: Annotated[int, typer.Option(min=0, help="Add adapters of this rank; 0 trains all parameters.")] = 8,
+    steps: Annotated[int, typer.Option(min=0, help="Optimizer steps to compare.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with and without the kernels, both against the exact result; exits 1 when they differ."""
+    from pyfinetune.hf.verify import verify_path
+
+    verdict = verify_path(model, dtype, rank, steps)
+    typer.echo(verdict.to_json() if as_json else str(verdict))
+    raise typer.Exit(not verdict.ok)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfinetune.errors import InvalidInput
+from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.hf.originals import dense_copy, unpatched_copy
 from pyfinetune.hf.patch import patch
 from pyfinetune.hf.probe import Widened
@@ -72,6 +73,35 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, steps: int 
             truth = {f"loss after {steps} steps": _train(exact, batch, steps)}
         items += judge(*runs, truth, dtype)
     return Verdict(tuple(items), str(wide).removeprefix("torch."), str(dtype).removeprefix("torch."), tuple(notes))
+
+
+def verify_path(name: str, dtype: str = "auto", rank: int = 8, steps: int = 3) -> Verdict:
+    """Load a model, give it adapters, and `verify` it.
+
+    Args:
+        name: a causal language model's name or folder, or an adapter's of PEFT.
+        dtype: to load it in; "auto" for the checkpoint's own.
+        rank: of the adapters on every linear layer; 0 for none, so that all parameters train.
+        steps: as in `verify`.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    if dtype != "auto" and getattr(torch, dtype, None) not in FLOATS:
+        raise UserError(f"--dtype {dtype}: needs auto, float32, bfloat16 or float16")
+    adapter = os.path.isfile(os.path.join(name, "adapter_config.json"))
+    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    options = {"is_trainable": True} if adapter else {}
+    try:
+        model = kind.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"verify: {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if rank and not adapter:
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    return verify(model, steps=steps)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -27,7 +27,7 @@ constexpr int kBlockRows = 64;
 constexpr int kBlockTiles = kBlockRows / kTileRows;
 constexpr int kForwardKeys = 128;
 constexpr int kUnitBlocks = 8;  // blocks of rows that share packed keys: their state stays in the 2nd-level cache
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.44269504088896341f;
 
 inline float negative_infinity() { return -__builtin_inff(); }
 
@@ -80,8 +80,8 @@ struct BlockMask {
   }
 
   // C is [rows, keys]: only what is not masked.
-  TileRange cols_of(int64_t row, int64_t steps) const {
-    return {tile_first[row / kTileRows], tile_last[row / kTileRows], 0, steps};
+  TileRange cols_of(int64_t row, int64_t begin, int64_t end) const {
+    return {tile_first[row / kTileRows], tile_last[row / kTileRows], begin, end};
   }
   // C is [rows, lanes], summed over keys.
   template <class Words>
@@ -127,17 +127,41 @@ struct ForwardScratch {
   }
 };
 
-// x = tanh(x * factor), which is the soft cap but for its factor.
-inline void softcap_block(float* scores, int64_t stride, const BlockMask& mask, float factor) {
+// scores = A B over `words` words, where the mask leaves anything.
+template <class Words>
+void score_product(const float* a, const float* b, int64_t words, const BlockMask& mask, float* scores,
+                   int64_t stride) {
+  for (int64_t begin = 0; begin < words; begin += Words::kChain) {
+    const int64_t end = min64(words, begin + Words::kChain), rows = mask.tiles * kTileRows;
+    const auto range = [&](int64_t row) { return mask.cols_of(row, begin, end); };
+    if (begin == 0) product<Words>({a, words, 1}, b, mask.cols, rows, range, StoreTile{scores, stride});
+    if (begin > 0) product<Words>({a, words, 1}, b, mask.cols, rows, range, AddTile{scores, stride});
+  }
+}
+
+// What cannot be left to a positive factor: tanh(x * softmax_scale / softcap), or a scale that turns the order around.
+inline void score_block(const VarlenAttn& a, float* scores, int64_t stride, const BlockMask& mask) {
+  if (a.softcap <= 0 && a.softmax_scale > 0) return;
+  const Vec factor = vset(a.softcap > 0 ? a.softmax_scale / a.softcap : a.softmax_scale);
   for (int r = 0; r < mask.rows; ++r)
     for (int c = mask.tile_first[r / kTileRows]; c < mask.tile_last[r / kTileRows]; c += kLanes) {
       float* p = scores + r * stride + c;
-      vstore(p, vtanh(vmul(vload(p), vset(factor))));
+      const Vec x = vmul(vload(p), factor);
+      vstore(p, a.softcap > 0 ? vtanh(x) : x);
     }
 }
 
-// Turns scores into words of p, in place, and brings top and total up to date; scale[row] is what O has to be multiplied
-// with.
+// The factor that is left.
+inline float score_factor(const VarlenAttn& a) {
+  return a.softcap > 0 ? a.softcap : a.softmax_scale > 0 ? a.softmax_scale : 1.0f;
+}
+
+// What p is relative to: anything finite for a row without a key so far, whose p are zero.
+inline float finite_base(float top) { return top == negative_infinity() ? 0.0f : top; }
+
+// Turns scores into words of p, in place, and brings top (of the scores) and total up to date; scale[row] is what O has
+// to be multiplied with. The maximum is subtracted before to_log2 takes the
+// scores to units of log2: so the largest p is 1, and no rounding is larger than the difference makes it.
 template <class Words>
 void softmax_block(float* scores, const BlockMask& mask, float to_log2, float* top, float* total, float* scale) {
   alignas(64) float sums[kBlockRows], bases[kBlockRows];
@@ -148,17 +172,18 @@ void softmax_block(float* scores, const BlockMask& mask, float to_log2, float* t
     const int begin = mask.tile_first[r / kTileRows], end = mask.tile_last[r / kTileRows];
     Vec highest = vset(top[r]);
     for (int c = begin; c < end; c += kLanes) {
-      Vec x = vmul(vload(row + c), factor);
-      if (!mask.full) x = vbetween(x, mask.first[r] - c, mask.last[r] - c, masked);
-      vstore(row + c, x);
+      Vec x = vload(row + c);
+      if (!mask.full) {
+        x = vbetween(x, mask.first[r] - c, mask.last[r] - c, masked);
+        vstore(row + c, x);
+      }
       highest = vmax(highest, x);
     }
     const float maximum = vhmax(highest);
-    // A row without a key so far: any finite base makes its p zero.
-    const float base = maximum == negative_infinity() ? 0.0f : maximum;
+    const float base = finite_base(maximum);
     Vec sum = vzero();
     for (int c = begin; c < end; c += kLanes) {
-      const Vec p = vexp2(vsub(vload(row + c), vset(base)));
+      const Vec p = vexp2(vmul(vsub(vload(row + c), vset(base)), factor));
       sum = vadd(sum, p);
       Words::store_row(row, c, p);
     }
@@ -168,7 +193,7 @@ void softmax_block(float* scores, const BlockMask& mask, float to_log2, float* t
     sums[r] = vsum(sum);
   }
   for (int r = 0; r < kBlockRows; r += kLanes) {
-    const Vec x = vexp2(vsub(vload(scale + r), vload(bases + r)));
+    const Vec x = vexp2(vmul(vsub(vload(scale + r), vload(bases + r)), factor));
     vstore(scale + r, x);
     vstore(total + r, vfma(vload(total + r), x, vload(sums + r)));
   }
@@ -178,35 +203,31 @@ void softmax_block(float* scores, const BlockMask& mask, float to_log2, float* t
 template <class Words>
 void forward_block(const VarlenAttn& a, const ForwardScratch& s, const BlockMask& mask, const float* queries,
                    float* sums, float* top, float* total) {
-  const int64_t rows = mask.tiles * kTileRows, words = a.head_dim / Words::kPair;
   alignas(64) float scale[kBlockRows];
-  product<Words>(
-      {queries, words, 1}, s.keys, mask.cols, rows, [&](int64_t row) { return mask.cols_of(row, words); },
-      StoreTile{s.scores, kForwardKeys});
-  float to_log2 = a.softmax_scale * kLog2e;
-  if (a.softcap > 0) {
-    softcap_block(s.scores, kForwardKeys, mask, a.softmax_scale / a.softcap);
-    to_log2 = a.softcap * kLog2e;
-  }
-  softmax_block<Words>(s.scores, mask, to_log2, top, total, scale);
-  product<Words>(
-      {s.scores, kForwardKeys, 1}, s.values, s.lanes_v, rows,
-      [&](int64_t row) { return mask.keys_of<Words>(row, s.lanes_v); }, ScaleAddTile{sums, s.lanes_v, scale});
+  score_product<Words>(queries, s.keys, a.head_dim / Words::kPair, mask, s.scores, kForwardKeys);
+  score_block(a, s.scores, kForwardKeys, mask);
+  softmax_block<Words>(s.scores, mask, score_factor(a) * kLog2e, top, total, scale);
+  const auto range = [&](int64_t row) { return mask.keys_of<Words>(row, s.lanes_v); };
+  product<Words>({s.scores, kForwardKeys, 1}, s.values, s.lanes_v, mask.tiles * kTileRows, range,
+                 ScaleAddTile{sums, s.lanes_v, scale});
 }
 
 // out = O / l and lse of `rows` rows; zero and -inf for a row that may attend to nothing.
 template <class T>
 void finish_rows(const VarlenAttn& a, int64_t token, int64_t head, int64_t rows, const float* sums, int64_t lanes_v,
                  const float* top, const float* total) {
+  const double factor = score_factor(a);
   for (int64_t r = 0; r < rows; ++r, sums += lanes_v) {
     const bool empty = total[r] == 0.0f;
-    const Vec inverse = vset(empty ? 0.0f : 1.0f / total[r]);
+    const Vec inverse = vset(1.0f / total[r]);
     T* out = head_row<T>(a.out, token + r, head);
     for (int64_t i = 0; i < a.head_dim_v; i += kLanes) {
-      const Vec x = vmul(vload(sums + i), inverse);
+      const Vec x = empty ? vzero() : vmul(vload(sums + i), inverse);
       a.head_dim_v - i >= kLanes ? vstore(out + i, x) : vstore_n(out + i, x, int(a.head_dim_v - i));
     }
-    a.lse[head * a.total_q + token + r] = empty ? negative_infinity() : top[r] * kLn2 + __builtin_logf(total[r]);
+    // In double precision, so that lse is rounded once: the backward pass rests on exp(s - lse).
+    const double lse = top[r] * factor + __builtin_log(double(total[r]));
+    a.lse[head * a.total_q + token + r] = empty ? negative_infinity() : float(lse);
   }
 }
 

@@ -105,12 +105,13 @@ struct Gradient {
 };
 
 template <class Words, bool kCapped>
-void softmax_gradient(const BackwardScratch& s, const BlockMask& mask, float to_log2) {
-  const Vec factor = vset(to_log2);
+void softmax_gradient(const BackwardScratch& s, const BlockMask& mask, float score_factor) {
+  const Vec factor = vset(score_factor), to_log2 = vset(kLog2e);
   const auto gradient = [&](int r, int c) {
     const Vec x = vload(s.scores + r * kBackwardKeys + c);
     Gradient g;
-    g.p = vexp2(vfma(x, factor, vset(-s.lse[r])));
+    // lse is subtracted before the units are changed, which would round it a second time.
+    g.p = vexp2(vmul(vfma(x, factor, vset(-s.lse[r])), to_log2));
     g.ds = vmul(g.p, vsub(vload(s.dp + r * kBackwardKeys + c), vset(s.delta[r])));
     if (kCapped) g.ds = vmul(g.ds, vsub(vset(1.0f), vmul(x, x)));
     if (!mask.full) {
@@ -137,18 +138,11 @@ void backward_block(const VarlenAttn& a, const BackwardScratch& s, const BlockMa
   const int64_t rows = mask.tiles * kTileRows, cols = mask.cols;
   const int64_t words = a.head_dim / Words::kPair, words_v = a.head_dim_v / Words::kPair;
   const RowSteps steps(mask);
-  product<Words>(
-      {s.queries, words, 1}, s.keys + key * words, cols, rows, [&](int64_t row) { return mask.cols_of(row, words); },
-      StoreTile{s.scores, kBackwardKeys});
-  product<Words>(
-      {s.douts, words_v, 1}, s.values + key * words_v, cols, rows,
-      [&](int64_t row) { return mask.cols_of(row, words_v); }, StoreTile{s.dp, kBackwardKeys});
-  if (a.softcap > 0) {
-    softcap_block(s.scores, kBackwardKeys, mask, a.softmax_scale / a.softcap);
-    softmax_gradient<Words, true>(s, mask, a.softcap * kLog2e);
-  } else {
-    softmax_gradient<Words, false>(s, mask, a.softmax_scale * kLog2e);
-  }
+  score_product<Words>(s.queries, s.keys + key * words, words, mask, s.scores, kBackwardKeys);
+  score_product<Words>(s.douts, s.values + key * words_v, words_v, mask, s.dp, kBackwardKeys);
+  score_block(a, s.scores, kBackwardKeys, mask);
+  if (a.softcap > 0) softmax_gradient<Words, true>(s, mask, score_factor(a));
+  if (a.softcap <= 0) softmax_gradient<Words, false>(s, mask, score_factor(a));
   if (a.dv.data)
     product<Words>(
         {s.p_pairs, 1, kBackwardKeys}, s.dout_pairs, s.lanes_v, cols,
@@ -185,10 +179,14 @@ void row_dots(const VarlenAttn& a, const T* dout, const T* out, int64_t rows, co
   pack_columns<Words>(dout, a.dout.token_stride, rows, lanes, a.head_dim_v, s.columns);
   pack_columns<Words>(out, a.out.token_stride, rows, lanes, a.head_dim_v, s.columns + words * lanes);
   for (int64_t r = 0; r < lanes; r += kLanes) {
-    Vec sum = vzero();
-    for (int64_t i = 0; i < words; ++i)
-      sum = Words::dot(vload(s.columns + i * lanes + r), vload(s.columns + (words + i) * lanes + r), sum);
-    vstore(s.delta + r, sum);
+    Vec total = vzero();
+    for (int64_t begin = 0; begin < words; begin += Words::kChain) {
+      Vec sum = vzero();
+      for (int64_t i = begin; i < min64(words, begin + Words::kChain); ++i)
+        sum = Words::dot(vload(s.columns + i * lanes + r), vload(s.columns + (words + i) * lanes + r), sum);
+      total = vadd(total, sum);
+    }
+    vstore(s.delta + r, total);
   }
 }
 
@@ -204,7 +202,7 @@ void pack_queries(const VarlenAttn& a, int64_t token, int64_t head, int64_t rows
   for (int64_t r = 0; r < padded; ++r) {
     const float lse = r < rows ? a.lse[head * a.total_q + token + r] : negative_infinity();
     // Infinity makes p zero: in rows of padding, and where a row may attend to nothing.
-    s.lse[r] = lse == negative_infinity() ? __builtin_inff() : lse * kLog2e;
+    s.lse[r] = lse == negative_infinity() ? __builtin_inff() : lse;
   }
   row_dots<Words>(a, dout, head_row<const T>(a.out, token, head), rows, s);
 }
@@ -269,6 +267,8 @@ struct BackwardUnit {
     }
     if (!a.dq.data) return;
     if (to_end) {
+      for (int64_t r = 0; r < rows; ++r)  // zero times an infinite key is not zero
+        for (int64_t i = 0; i < s.lanes && s.lse[r] == __builtin_inff(); ++i) s.dq[r * s.lanes + i] = 0.0f;
       store_rows<T>(a.dq, token, head, rows, a.head_dim, s.dq, s.lanes, a.softmax_scale);
     } else {
       copy_floats(left_sums(head, q), s.dq, floats);

@@ -27,6 +27,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // Words are floats.
 struct FloatWords {
   static constexpr int kPair = 1;
+  static constexpr int64_t kChain = 64;  // words of a dot product that are added up in one go: more would lose digits
   static Vec dot(Vec a, Vec b, Vec sum) { return vfma(a, b, sum); }
 
   // Lanes [i, i + n) of a row of words.
@@ -52,6 +53,7 @@ struct FloatWords {
 // Words are pairs of bf16.
 struct PairWords {
   static constexpr int kPair = 2;
+  static constexpr int64_t kChain = 256;  // what is lost is far below a bf16's own rounding
   static Vec dot(Vec a, Vec b, Vec sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }

@@ -16,7 +16,10 @@ from pyfinetune.bench.harness import OURS, Case, Setup, Target
 _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
 _MASK, _LOOP = "dense mask", "SDPA per document"
 _NAMES = ["out", "dq", "dk", "dv"]
-_FACTORS = [1.5, 2.0, 2.0, 2.0]  # how much worse than torch's eager code in the same dtype a result may be
+# How much worse than torch's eager code in the same dtype a result may be. A peer is only asked to compute the same:
+# torch's fused kernel misses our own bound in dk over 4096 tokens, and is the one to be faster than all the same.
+_FACTORS = [1.5, 2.0, 2.0, 2.0]
+_PEERS_FACTORS = [4.0] * 4
 
 
 def _plain(q, k, v, bounds: list[int], dout=None) -> list[torch.Tensor]:
@@ -75,9 +78,10 @@ def _build(device: torch.device, lengths: list[int], dtype: torch.dtype, backwar
             out = attention(*leaves)
             return [out.detach(), *(torch.autograd.grad(out, leaves, dout) if backward else ())]
 
-    def check(attention):
+    def check(name):
         exact, eager = expected()
-        return close_to_exact(results(attention), exact, eager, _NAMES[: len(exact)], _FACTORS[: len(exact)])
+        factors = _FACTORS if name == OURS else _PEERS_FACTORS
+        return close_to_exact(results(attentions[name]), exact, eager, _NAMES[: len(exact)], factors[: len(exact)])
 
     def forward(attention):
         with torch.enable_grad():
@@ -86,7 +90,7 @@ def _build(device: torch.device, lengths: list[int], dtype: torch.dtype, backwar
     setup = Setup({}, {}, inputs=leaves)
     for name, attention in attentions.items():
         setup.calls[name] = lambda i, attention=attention: results(attention)
-        setup.check[name] = functools.partial(check, attention)
+        setup.check[name] = functools.partial(check, name)
         if backward:
             setup.forward[name] = functools.partial(forward, attention)
     return setup

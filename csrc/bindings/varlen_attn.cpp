@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <thread>
 #include <vector>
 
 #include "views.h"
@@ -107,8 +109,16 @@ VarlenAttn checked(const Inputs& in) {
 }
 
 struct Free {
-  void operator()(float* p) const { std::free(p); }
+  void operator()(void* p) const { std::free(p); }
 };
+
+template <class T>
+std::unique_ptr<T, Free> allocate(int64_t count) {
+  const int64_t bytes = checked_mul(count, sizeof(T), kOp) + 64;
+  std::unique_ptr<T, Free> p(static_cast<T*>(std::aligned_alloc(64, size_t(bytes) / 64 * 64 + 64)));
+  if (!p) throw std::bad_alloc();
+  return p;
+}
 
 // Runs a kernel with its documents in order of cost and its scratch memory, without Python's lock.
 void run(VarlenAttn& a, bool backward, int threads) {
@@ -118,15 +128,19 @@ void run(VarlenAttn& a, bool backward, int threads) {
   const auto cost = [&](int32_t doc) {
     return int64_t(a.cu_q[doc + 1] - a.cu_q[doc]) * int64_t(a.cu_k[doc + 1] - a.cu_k[doc]);
   };
-  std::vector<int32_t> order(size_t(a.docs));
-  for (int64_t doc = 0; doc < a.docs; ++doc) order[size_t(doc)] = int32_t(doc);
+  std::vector<int32_t> order(size_t(a.docs), 0);
+  std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return cost(x) > cost(y); });
+  std::vector<int64_t> first_unit(size_t(a.docs) + 1);
+  const VarlenAttnScratch need = chosen.varlen_attn_scratch(a, backward, usable);
+  const auto scratch = allocate<float>(need.floats), dq_sums = allocate<float>(need.dq_floats);
+  std::vector<int32_t> dq_progress(size_t(need.dq_counters));
   a.doc_order = order.data();
-  a.thread_scratch = chosen.varlen_attn_scratch(a, backward);
-  const int64_t bytes = checked_mul(checked_mul(a.thread_scratch, usable, kOp), 4, kOp);
-  std::unique_ptr<float, Free> scratch(static_cast<float*>(std::aligned_alloc(64, size_t(bytes + 64))));
-  if (!scratch) throw std::bad_alloc();
+  a.first_unit = first_unit.data();
   a.scratch = scratch.get();
+  a.dq_sums = dq_sums.get();
+  a.dq_progress = dq_progress.data();
+  a.yield = [] { std::this_thread::yield(); };
   backward ? chosen.varlen_attn_bwd(a, usable) : chosen.varlen_attn(a, usable);
 }
 

@@ -49,8 +49,15 @@ struct VarlenAttn {
   int64_t window_left, window_right;  // causality is window_right = 0; both are far below 2^63 / 2
   float softmax_scale, softcap;       // softcap 0: none
   DType dtype;
-  float* scratch;          // threads times varlen_attn_scratch floats, aligned to 64 bytes
-  int64_t thread_scratch;  // floats a thread
+  int64_t* first_unit;   // [docs + 1], for the kernel's use
+  float* scratch;        // as large as varlen_attn_scratch says, aligned to 64 bytes
+  float* dq_sums;        // the same
+  int32_t* dq_progress;  // the same, zero
+  void (*yield)();       // lets another thread run
+};
+
+struct VarlenAttnScratch {
+  int64_t floats, dq_floats, dq_counters;
 };
 
 struct KernelTable {
@@ -64,7 +71,7 @@ struct KernelTable {
   void (*small_matmul_4bit)(const Packed4bit&, const SmallMatmul&, int threads);
   void (*row_squares)(const void* w, DType, int64_t rows, int64_t cols, int64_t stride, float* squares, int threads);
   void (*dropout)(const void* x, void* out, DType, int64_t n, double p, uint64_t seed, int threads);
-  int64_t (*varlen_attn_scratch)(const VarlenAttn&, bool backward);  // floats a thread, a multiple of 16
+  VarlenAttnScratch (*varlen_attn_scratch)(const VarlenAttn&, bool backward, int threads);
   void (*varlen_attn)(const VarlenAttn&, int threads);
   void (*varlen_attn_bwd)(const VarlenAttn&, int threads);
 };

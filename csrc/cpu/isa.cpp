@@ -5,7 +5,9 @@
 // clang-format off
 #include "nf4.kernel.h"
 #include "lora_linear.kernel.h"
+#include "varlen_attn_tile.kernel.h"
 #include "varlen_attn.kernel.h"
+#include "varlen_attn_bwd.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x

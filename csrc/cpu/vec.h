@@ -164,6 +164,41 @@ inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(int(threshold))), x);
 }
 
+// x in the lanes first <= i < last, y in the others; the bounds may lie outside of the vector.
+inline Vec vbetween(Vec x, int first, int last, Vec y) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 reached = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(first));
+  return _mm512_mask_mov_ps(y, _mm512_mask_cmplt_epi32_mask(reached, lane, _mm512_set1_epi32(last)), x);
+}
+// x where a < b, else y.
+inline Vec vwhere_less(Vec a, Vec b, Vec x, Vec y) {
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+}
+
+// Swaps blocks of `kStep` lanes across the diagonal of rows r and r + kStep.
+template <int kStep>
+inline void vswap_blocks(Vec (&x)[kLanes]) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(kStep));
+  const __m512i low = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(16 - kStep));
+  const __m512i high =
+      _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(kStep)), odd, lane, _mm512_set1_epi32(16));
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) {
+    if (r & kStep) continue;
+    const Vec a = x[r], b = x[r + kStep];
+    x[r] = _mm512_permutex2var_ps(a, low, b);
+    x[r + kStep] = _mm512_permutex2var_ps(a, high, b);
+  }
+}
+// Transposes kLanes vectors.
+inline void vtranspose(Vec (&x)[kLanes]) {
+  vswap_blocks<1>(x);
+  vswap_blocks<2>(x);
+  vswap_blocks<4>(x);
+  vswap_blocks<8>(x);
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -258,6 +293,29 @@ inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
   return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, t), w)));
 }
 
+inline Vec vbetween(Vec x, int first, int last, Vec y) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane);
+  const __m256i inside = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lane));
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(inside));
+}
+inline Vec vwhere_less(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+
+inline void vtranspose(Vec (&x)[kLanes]) {
+  Vec y[kLanes];
+  for (int r = 0; r < kLanes; r += 2) {
+    y[r] = _mm256_blend_ps(x[r], _mm256_moveldup_ps(x[r + 1]), 0xaa);
+    y[r + 1] = _mm256_blend_ps(_mm256_movehdup_ps(x[r]), x[r + 1], 0xaa);
+  }
+  for (int r = 0; r < kLanes; ++r)
+    x[r] = r & 2 ? _mm256_shuffle_ps(y[r - 2], y[r], 0xee) : _mm256_shuffle_ps(y[r], y[r + 2], 0x44);
+  for (int r = 0; r < 4; ++r) {
+    const Vec a = x[r], b = x[r + 4];
+    x[r] = _mm256_permute2f128_ps(a, b, 0x20);
+    x[r + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+
 #else
 
 constexpr int kLanes = 1;
@@ -313,6 +371,9 @@ inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
   out[3] = uint32_t(d);
 }
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) { return *words >= threshold ? x : 0.0f; }
+inline Vec vbetween(Vec x, int first, int last, Vec y) { return first <= 0 && last > 0 ? x : y; }
+inline Vec vwhere_less(Vec a, Vec b, Vec x, Vec y) { return a < b ? x : y; }
+inline void vtranspose(Vec (&)[kLanes]) {}
 
 #endif
 

@@ -222,7 +222,8 @@ def varlen_attn(
         v: [total_k, num_kv_heads, head_dim_v] in q's dtype.
         cu_seqlens_q: int32 [documents + 1]: where each document begins in q, and where the last one ends.
         cu_seqlens_k: the same for k and v; None where it is the same.
-        max_seqlen_q, max_seqlen_k: the longest document, a hint that callers of other libraries pass; not needed.
+        max_seqlen_q: the longest document's queries, a hint that callers of other libraries pass; not needed.
+        max_seqlen_k: the same for its keys.
         causal: whether a query sees only keys up to its own place.
         softmax_scale: multiplies the scores; head_dim ** -0.5 when None.
         window_size: how many keys to the left and right of its own place a query sees; -1 for no limit.

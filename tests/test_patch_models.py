@@ -125,3 +125,32 @@ def test_greedy_text_is_the_originals(name, padded, cache):
     found, logits = text()
     assert torch.equal(found, expected)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_compiled_as_one_graph_and_right(name):
+    """Documents are found in shapes that do not depend on values, so nothing interrupts a graph."""
+    model = make(name)
+    eager = {kind: run(model, inputs) for kind, inputs in batches(name).items()}
+    exact = {kind: exact_run(model, inputs) for kind, inputs in batches(name).items()}
+    pf.patch(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for kind, inputs in batches(name).items():
+        found = {key.replace("_orig_mod.", ""): value for key, value in run(compiled, inputs).items()}
+        assert_close(found, eager[kind], exact[kind], torch.float32)
+    body = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    inputs = {key: value for key, value in batches(name)["packed"].items() if key != "labels"}
+    assert torch.equal(body(**inputs)[0], model.model(**inputs)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Llama", "Gemma2")])
+def test_compiled(name):
+    model = make(name)
+    eager = {kind: run(model, inputs) for kind, inputs in batches(name).items()}
+    exact = {kind: exact_run(model, inputs) for kind, inputs in batches(name).items()}
+    pf.patch(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for kind, inputs in batches(name).items():
+        found = {key.replace("_orig_mod.", ""): value for key, value in run(compiled, inputs).items()}
+        assert_close(found, eager[kind], exact[kind], torch.float32)

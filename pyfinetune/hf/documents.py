@@ -56,7 +56,16 @@ def documents_of(
         cu_seq_lens_q, cu_seq_lens_k: the collator's, or None.
         device: where the result is needed.
     """
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != q_length):
+        position_ids = None
     inputs = (mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    if torch.compiler.is_compiling():
+        traceable = cu_seq_lens_q is None and q_length == k_length
+        return (
+            _find_traced(*inputs[:2], batch, q_length, device)
+            if traceable
+            else _find(*inputs, batch, q_length, k_length, device)
+        )
     key = (batch, q_length, k_length, device, *(None if t is None else (id(t), t._version) for t in inputs))
     known = getattr(_last, "entry", None)
     # An id alone could belong to another tensor by now; one that is alive keeps it.
@@ -71,8 +80,6 @@ def _find(mask, position_ids, cu_q, cu_k, batch: int, q_length: int, k_length: i
     if cu_q is not None:
         cu_q = cu_q.to(device, torch.int32)
         return Documents(cu_q, cu_q if cu_k is None else cu_k.to(device, torch.int32))
-    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != q_length):
-        position_ids = None
     if q_length != k_length:
         return _with_cache(mask, position_ids, batch, q_length, k_length, device)
     kept = None if mask is None else _kept(mask, k_length)
@@ -87,6 +94,32 @@ def _find(mask, position_ids, cu_q, cu_k, batch: int, q_length: int, k_length: i
             starts[1:] |= position[1:] <= position[:-1]
     cu = torch.cat([starts.nonzero()[:, 0], starts.new_tensor([row.shape[0]], dtype=torch.int64)]).int()
     return Documents(cu, cu, kept, kept)
+
+
+def _find_traced(mask, position_ids, batch: int, length: int, device) -> Documents:
+    """As `_find` without a cache, in shapes that do not depend on values: one graph, no questions to the host.
+
+    There are as many documents as tokens, most of them empty at the end; kept tokens are moved to the front, and the op
+    leaves zeros for the others.
+    """
+    total = batch * length
+    place = torch.arange(total, device=device)
+    row, kept, order = place // length, None, None
+    position = None if position_ids is None else position_ids.expand(batch, -1).reshape(-1)
+    if mask is not None:
+        kept = mask.reshape(-1) != 0
+        order = torch.argsort(kept.logical_not(), stable=True)
+        row, kept, position = row[order], kept[order], None if position is None else position[order]
+    new = row[1:] != row[:-1]
+    if position is not None:
+        new = new | (position[1:] <= position[:-1])
+    starts = torch.cat([new.new_ones(1), new])
+    count = place.new_tensor(total) if kept is None else kept.sum()
+    if kept is not None:
+        starts = starts & kept
+    document = torch.where(starts, starts.cumsum(0) - 1, total)
+    cu = count.expand(total + 1).clone().scatter_(0, document, torch.where(starts, place, count)).int()
+    return Documents(cu, cu, order, order)
 
 
 def _with_cache(mask, position_ids, batch: int, q_length: int, k_length: int, device) -> Documents:

@@ -127,6 +127,7 @@ def test_greedy_text_is_the_originals(name, padded, cache):
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
 def test_compiled_as_one_graph_and_right(name):
     """Documents are found in shapes that do not depend on values, so nothing interrupts a graph."""
@@ -144,6 +145,7 @@ def test_compiled_as_one_graph_and_right(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Llama", "Gemma2")])
 def test_compiled(name):
     model = make(name)

@@ -304,7 +304,7 @@ class TestCommand:
             "tokens/s",
             "PEFT over",
             "peak memory",
-            "adapter layers swapped to the kernels",
+            "modules swapped to the kernels",
             str(out / "adapter"),
             f"pyfinetune demo --seed 42 --pretrain-steps 4 --steps 4 --output-dir {out}",
         ):

@@ -289,7 +289,7 @@ def _plain(outcome: stages.Outcome) -> dict[str, Any]:
 def _kernels_line(report: Any) -> str:
     backends = sorted({row.backend for row in report.rows if row.backend})
     errors = [row.probe_error for row in report.rows if row.probe_error is not None]
-    line = f"{report.swapped} of {len(report.rows)} adapter layers swapped to the kernels"
+    line = f"{report.swapped} of {len(report.rows)} modules swapped to the kernels"
     if backends:
         line += f" (backend: {', '.join(backends)})"
     if errors:

@@ -27,7 +27,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // Words are floats.
 struct FloatWords {
   static constexpr int kPair = 1;
-  static constexpr int64_t kChain = 64;  // words of a dot product that are added up in one go: more would lose digits
+  static constexpr int64_t kChain = 32;  // words of a dot product that are added up in one go: more would lose digits
   static Vec dot(Vec a, Vec b, Vec sum) { return vfma(a, b, sum); }
 
   // Lanes [i, i + n) of a row of words.

@@ -25,6 +25,7 @@ OPTIONS = [
     {"softcap": 3.0},
     {"causal": False, "softcap": 0.7, "window_size": (20, 20)},
     {"softmax_scale": 0.3},
+    {"softmax_scale": -8.0},
 ]
 PACKED = [37, 1, 64, 0, 90]
 # Queries at the end of longer keys, as in decoding; and fewer keys than queries, so that the first see none.

@@ -112,13 +112,30 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-template <class T>
-std::unique_ptr<T, Free> allocate(int64_t count) {
-  const int64_t bytes = checked_mul(count, sizeof(T), kOp) + 64;
-  std::unique_ptr<T, Free> p(static_cast<T*>(std::aligned_alloc(64, size_t(bytes) / 64 * 64 + 64)));
-  if (!p) throw std::bad_alloc();
-  return p;
-}
+// Memory that a thread keeps from call to call, up to a size: fresh pages cost more than small problems do.
+class Reused {
+ public:
+  float* floats(int64_t count) {
+    const int64_t bytes = checked_mul(count, 4, kOp);
+    if (bytes <= size_) return memory_.get();
+    memory_.reset();
+    size_ = 0;
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(bytes) / 64 * 64 + 64)));
+    if (!memory_) throw std::bad_alloc();
+    size_ = bytes;
+    return memory_.get();
+  }
+  void trim() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKept = 16 << 20;
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
 
 // Runs a kernel with its documents in order of cost and its scratch memory, without Python's lock.
 void run(VarlenAttn& a, bool backward, int threads) {
@@ -133,15 +150,17 @@ void run(VarlenAttn& a, bool backward, int threads) {
   std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return cost(x) > cost(y); });
   std::vector<int64_t> first_unit(size_t(a.docs) + 1);
   const VarlenAttnScratch need = chosen.varlen_attn_scratch(a, backward, usable);
-  const auto scratch = allocate<float>(need.floats), dq_sums = allocate<float>(need.dq_floats);
+  static thread_local Reused scratch, dq_sums;
   std::vector<int32_t> dq_progress(size_t(need.dq_counters));
   a.doc_order = order.data();
   a.first_unit = first_unit.data();
-  a.scratch = scratch.get();
-  a.dq_sums = dq_sums.get();
+  a.scratch = scratch.floats(need.floats);
+  a.dq_sums = dq_sums.floats(need.dq_floats);
   a.dq_progress = dq_progress.data();
   a.yield = [] { std::this_thread::yield(); };
   backward ? chosen.varlen_attn_bwd(a, usable) : chosen.varlen_attn(a, usable);
+  scratch.trim();
+  dq_sums.trim();
 }
 
 void varlen_attn(const py::object& q, const py::object& k, const py::object& v, const py::object& cu_q,

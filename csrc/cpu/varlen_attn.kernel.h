@@ -36,6 +36,13 @@ inline T* head_row(const HeadsView& x, int64_t token, int64_t head) {
   return static_cast<T*>(x.data) + token * x.token_stride + head * x.head_stride;
 }
 
+// Rows that are about to be packed: they lie far apart, where the hardware does not foresee them.
+template <class T>
+inline void prefetch_rows(const HeadsView& x, int64_t token, int64_t head, int64_t rows, int64_t head_dim) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < head_dim; i += 64 / int64_t(sizeof(T))) vprefetch(head_row<T>(x, token + r, head) + i);
+}
+
 // One document: where its tokens stand, and which keys a query may attend to.
 struct Document {
   int64_t q_begin, q_count, k_begin, k_count, window_left, window_right;
@@ -134,8 +141,7 @@ void score_product(const float* a, const float* b, int64_t words, const BlockMas
   for (int64_t begin = 0; begin < words; begin += Words::kChain) {
     const int64_t end = min64(words, begin + Words::kChain), rows = mask.tiles * kTileRows;
     const auto range = [&](int64_t row) { return mask.cols_of(row, begin, end); };
-    if (begin == 0) product<Words>({a, words, 1}, b, mask.cols, rows, range, StoreTile{scores, stride});
-    if (begin > 0) product<Words>({a, words, 1}, b, mask.cols, rows, range, AddTile{scores, stride});
+    product<Words>({a, words, 1}, b, mask.cols, rows, range, SumTile{scores, stride, begin > 0});
   }
 }
 
@@ -156,60 +162,69 @@ inline float score_factor(const VarlenAttn& a) {
   return a.softcap > 0 ? a.softcap : a.softmax_scale > 0 ? a.softmax_scale : 1.0f;
 }
 
-// What p is relative to: anything finite for a row without a key so far, whose p are zero.
-inline float finite_base(float top) { return top == negative_infinity() ? 0.0f : top; }
-
 // Turns scores into words of p, in place, and brings top (of the scores) and total up to date; scale[row] is what O has
 // to be multiplied with. The maximum is subtracted before to_log2 takes the
 // scores to units of log2: so the largest p is 1, and no rounding is larger than the difference makes it.
 template <class Words>
 void softmax_block(float* scores, const BlockMask& mask, float to_log2, float* top, float* total, float* scale) {
-  alignas(64) float sums[kBlockRows], bases[kBlockRows];
-  for (int r = mask.tiles * kTileRows; r < kBlockRows; ++r) sums[r] = bases[r] = scale[r] = 0.0f;
-  const Vec factor = vset(to_log2), masked = vset(negative_infinity());
-  for (int r = 0; r < mask.tiles * kTileRows; ++r) {
-    float* row = scores + r * kForwardKeys;
-    const int begin = mask.tile_first[r / kTileRows], end = mask.tile_last[r / kTileRows];
-    Vec highest = vset(top[r]);
-    for (int c = begin; c < end; c += kLanes) {
-      Vec x = vload(row + c);
-      if (!mask.full) {
-        x = vbetween(x, mask.first[r] - c, mask.last[r] - c, masked);
-        vstore(row + c, x);
+  const Vec factor = vset(to_log2), lowest = vset(negative_infinity());
+  const int rows = mask.tiles * kTileRows;
+  for (int group = 0; group < rows; group += kLanes) {
+    Vec each[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      each[i] = lowest;
+      const int r = group + i;
+      if (r >= rows) continue;
+      float* row = scores + r * kForwardKeys;
+      for (int c = mask.tile_first[r / kTileRows]; c < mask.tile_last[r / kTileRows]; c += kLanes) {
+        Vec x = vload(row + c);
+        if (!mask.full) {
+          x = vbetween(x, mask.first[r] - c, mask.last[r] - c, lowest);
+          vstore(row + c, x);
+        }
+        each[i] = vmax(each[i], x);
       }
-      highest = vmax(highest, x);
     }
-    const float maximum = vhmax(highest);
-    const float base = finite_base(maximum);
-    Vec sum = vzero();
-    for (int c = begin; c < end; c += kLanes) {
-      const Vec p = vexp2(vmul(vsub(vload(row + c), vset(base)), factor));
-      sum = vadd(sum, p);
-      Words::store_row(row, c, p);
+    const Vec old_top = vload(top + group), new_top = vmax(old_top, vmax_each(each));
+    // Anything finite for a row without a key so far, whose p are zero.
+    const Vec base = vwhere_less(lowest, new_top, new_top, vzero());
+    alignas(64) float bases[kLanes];
+    vstore(bases, base);
+    for (int i = 0; i < kLanes; ++i) {
+      each[i] = vzero();
+      const int r = group + i;
+      if (r >= rows) continue;
+      float* row = scores + r * kForwardKeys;
+      for (int c = mask.tile_first[r / kTileRows]; c < mask.tile_last[r / kTileRows]; c += kLanes) {
+        const Vec p = vexp2(vmul(vsub(vload(row + c), vset(bases[i])), factor));
+        each[i] = vadd(each[i], p);
+        Words::store_row(row, c, p);
+      }
     }
-    scale[r] = top[r];
-    top[r] = maximum;
-    bases[r] = base;
-    sums[r] = vsum(sum);
-  }
-  for (int r = 0; r < kBlockRows; r += kLanes) {
-    const Vec x = vexp2(vmul(vsub(vload(scale + r), vload(bases + r)), factor));
-    vstore(scale + r, x);
-    vstore(total + r, vfma(vload(total + r), x, vload(sums + r)));
+    const Vec shrink = vexp2(vmul(vsub(old_top, base), factor));
+    vstore(top + group, new_top);
+    vstore(total + group, vfma(vload(total + group), shrink, vsum_each(each)));
+    vstore(scale + group, shrink);
   }
 }
 
 // Softmax of a block of rows over a block of packed keys, and its product with the values, added to `sums`.
 template <class Words>
 void forward_block(const VarlenAttn& a, const ForwardScratch& s, const BlockMask& mask, const float* queries,
-                   float* sums, float* top, float* total) {
+                   bool first, float* sums, float* top, float* total) {
   alignas(64) float scale[kBlockRows];
   score_product<Words>(queries, s.keys, a.head_dim / Words::kPair, mask, s.scores, kForwardKeys);
   score_block(a, s.scores, kForwardKeys, mask);
   softmax_block<Words>(s.scores, mask, score_factor(a) * kLog2e, top, total, scale);
   const auto range = [&](int64_t row) { return mask.keys_of<Words>(row, s.lanes_v); };
   product<Words>({s.scores, kForwardKeys, 1}, s.values, s.lanes_v, mask.tiles * kTileRows, range,
-                 ScaleAddTile{sums, s.lanes_v, scale});
+                 ScaledSumTile{sums, s.lanes_v, !first, scale});
+}
+
+// lse is rounded once, where the dtype can tell: the backward pass rests on exp(s - lse).
+template <class T>
+inline double natural_log(float x) {
+  return sizeof(T) == 4 ? __builtin_log(double(x)) : double(__builtin_logf(x));
 }
 
 // out = O / l and lse of `rows` rows; zero and -inf for a row that may attend to nothing.
@@ -218,15 +233,14 @@ void finish_rows(const VarlenAttn& a, int64_t token, int64_t head, int64_t rows,
                  const float* top, const float* total) {
   const double factor = score_factor(a);
   for (int64_t r = 0; r < rows; ++r, sums += lanes_v) {
-    const bool empty = total[r] == 0.0f;
+    const bool empty = total[r] == 0.0f;  // its sums may never have been written
     const Vec inverse = vset(1.0f / total[r]);
     T* out = head_row<T>(a.out, token + r, head);
     for (int64_t i = 0; i < a.head_dim_v; i += kLanes) {
       const Vec x = empty ? vzero() : vmul(vload(sums + i), inverse);
       a.head_dim_v - i >= kLanes ? vstore(out + i, x) : vstore_n(out + i, x, int(a.head_dim_v - i));
     }
-    // In double precision, so that lse is rounded once: the backward pass rests on exp(s - lse).
-    const double lse = top[r] * factor + __builtin_log(double(total[r]));
+    const double lse = top[r] * factor + natural_log<T>(total[r]);
     a.lse[head * a.total_q + token + r] = empty ? negative_infinity() : float(lse);
   }
 }
@@ -246,7 +260,6 @@ void forward_unit(const VarlenAttn& a, const Document& doc, int64_t kv_head, int
         s.top[i * kBlockRows + r] = negative_infinity();
         s.total[i * kBlockRows + r] = 0.0f;
       }
-      for (int64_t x = 0; x < round_up(rows, kTileRows) * s.lanes_v; ++x) s.sums[i * block_sums + x] = 0.0f;
     }
   const int64_t key_end = doc.last_key(q_end - 1);
   for (int64_t key = doc.first_key(q_begin) / kForwardKeys * kForwardKeys; key < key_end; key += kForwardKeys) {
@@ -255,14 +268,18 @@ void forward_unit(const VarlenAttn& a, const Document& doc, int64_t kv_head, int
                         s.keys);
     pack_pairs<Words>(head_row<const T>(a.v, doc.k_begin + key, kv_head), a.v.token_stride, keys, cols, a.head_dim_v,
                       s.lanes_v, s.values);
+    const int64_t next_keys = min64(kForwardKeys, key_end - key - kForwardKeys);
+    prefetch_rows<T>(a.k, doc.k_begin + key + kForwardKeys, kv_head, next_keys, a.head_dim);
+    prefetch_rows<T>(a.v, doc.k_begin + key + kForwardKeys, kv_head, next_keys, a.head_dim_v);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t q = q_begin + b * kBlockRows, rows = min64(kBlockRows, q_end - q);
       if (doc.last_key(q + rows - 1) <= key || doc.first_key(q) >= key + keys) continue;
       const BlockMask mask(doc, q, rows, key, keys);
+      const bool first = doc.first_key(q) >= key;
       for (int64_t g = 0; g < group; ++g) {
         const int64_t i = g * blocks + b;
-        forward_block<Words>(a, s, mask, s.queries + i * block_words, s.sums + i * block_sums, s.top + i * kBlockRows,
-                             s.total + i * kBlockRows);
+        forward_block<Words>(a, s, mask, s.queries + i * block_words, first, s.sums + i * block_sums,
+                             s.top + i * kBlockRows, s.total + i * kBlockRows);
       }
     }
   }

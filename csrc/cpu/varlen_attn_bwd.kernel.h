@@ -30,6 +30,7 @@ struct BackwardScratch {
   float *scores, *dp, *p_pairs, *ds_rows, *ds_pairs;       // [kBlockRows, kBackwardKeys]
   float* columns;                                          // dout and out, transposed
   float *lse, *delta;                                      // [kBlockRows]; lse in units of log2
+  bool visited[kMaxUnitKeyBlocks];                         // whether dk and dv of a block hold anything yet
   int64_t used;
 
   // `pair` is Words::kPair: with floats the two forms of p and ds are one, and take the place of scores and dp.
@@ -132,9 +133,15 @@ void softmax_gradient(const BackwardScratch& s, const BlockMask& mask, float sco
     }
 }
 
+// Whether the sums of a block begin here.
+struct FirstVisit {
+  bool of_rows, of_keys;
+};
+
 // One block of rows and one block of keys, whose packed forms begin at `key` of the unit's.
 template <class Words>
-void backward_block(const VarlenAttn& a, const BackwardScratch& s, const BlockMask& mask, int64_t key) {
+void backward_block(const VarlenAttn& a, const BackwardScratch& s, const BlockMask& mask, int64_t key,
+                    FirstVisit first) {
   const int64_t rows = mask.tiles * kTileRows, cols = mask.cols;
   const int64_t words = a.head_dim / Words::kPair, words_v = a.head_dim_v / Words::kPair;
   const RowSteps steps(mask);
@@ -146,15 +153,17 @@ void backward_block(const VarlenAttn& a, const BackwardScratch& s, const BlockMa
   if (a.dv.data)
     product<Words>(
         {s.p_pairs, 1, kBackwardKeys}, s.dout_pairs, s.lanes_v, cols,
-        [&](int64_t n) { return steps.rows_of<Words>(n, s.lanes_v); }, AddTile{s.dv + key * s.lanes_v, s.lanes_v});
+        [&](int64_t n) { return steps.rows_of<Words>(n, s.lanes_v); },
+        SumTile{s.dv + key * s.lanes_v, s.lanes_v, !first.of_keys});
   if (a.dk.data)
     product<Words>(
         {s.ds_pairs, 1, kBackwardKeys}, s.query_pairs, s.lanes, cols,
-        [&](int64_t n) { return steps.rows_of<Words>(n, s.lanes); }, AddTile{s.dk + key * s.lanes, s.lanes});
+        [&](int64_t n) { return steps.rows_of<Words>(n, s.lanes); },
+        SumTile{s.dk + key * s.lanes, s.lanes, !first.of_keys});
   if (a.dq.data)
     product<Words>(
         {s.ds_rows, kBackwardKeys / Words::kPair, 1}, s.key_pairs + key / Words::kPair * s.lanes, s.lanes, rows,
-        [&](int64_t row) { return mask.keys_of<Words>(row, s.lanes); }, AddTile{s.dq, s.lanes});
+        [&](int64_t row) { return mask.keys_of<Words>(row, s.lanes); }, SumTile{s.dq, s.lanes, !first.of_rows});
 }
 
 template <class Words, class T>
@@ -167,8 +176,6 @@ void pack_keys(const VarlenAttn& a, const Document& doc, int64_t kv_head, int64_
     pack_columns<Words>(k, a.k.token_stride, keys, cols, a.head_dim, s.keys + at * a.head_dim / Words::kPair);
     pack_pairs<Words>(k, a.k.token_stride, keys, cols, a.head_dim, s.lanes, s.key_pairs + at / Words::kPair * s.lanes);
     pack_columns<Words>(v, a.v.token_stride, keys, cols, a.head_dim_v, s.values + at * a.head_dim_v / Words::kPair);
-    for (int64_t i = 0; i < cols * s.lanes; ++i) s.dk[at * s.lanes + i] = 0.0f;
-    for (int64_t i = 0; i < cols * s.lanes_v; ++i) s.dv[at * s.lanes_v + i] = 0.0f;
   }
 }
 
@@ -230,14 +237,26 @@ template <class Words, class T>
 struct BackwardUnit {
   const VarlenAttn& a;
   const Document& doc;
-  const BackwardScratch& s;
-  int64_t doc_index, unit_blocks, range, begin, end;
+  BackwardScratch& s;
+  int64_t doc_index, range, begin, end;
 
   // The sums of dq that units of lower key blocks have left, and how many of those units are through.
   float* left_sums(int64_t head, int64_t q) const { return a.dq_sums + (head * a.total_q + doc.q_begin + q) * s.lanes; }
   int32_t* progress(int64_t head, int64_t q) const {
     const int64_t blocks = a.total_q / kBlockRows + a.docs + 1;
     return a.dq_progress + head * blocks + doc.q_begin / kBlockRows + doc_index + q / kBlockRows;
+  }
+
+  void prefetch_next(int64_t head, int64_t q) const {
+    if (q >= doc.q_count) {  // the unit's next head; the last one's is of another unit, which may be the next
+      ++head;
+      for (q = 0; q < doc.q_count && doc.last_key(q) <= begin * kBackwardKeys;) q += kBlockRows;
+    }
+    const int64_t rows = min64(kBlockRows, doc.q_count - q);
+    if (head >= a.num_heads) return;
+    prefetch_rows<T>(a.q, doc.q_begin + q, head, rows, a.head_dim);
+    prefetch_rows<T>(a.dout, doc.q_begin + q, head, rows, a.head_dim_v);
+    prefetch_rows<T>(a.out, doc.q_begin + q, head, rows, a.head_dim_v);
   }
 
   void query_block(int64_t head, int64_t q, int64_t rows) const {
@@ -253,9 +272,8 @@ struct BackwardUnit {
     const bool from_zero = first_key / kBackwardKeys >= begin,
                to_end = (last_key + kBackwardKeys - 1) / kBackwardKeys <= end;
     pack_queries<Words, T>(a, token, head, rows, s);
+    prefetch_next(head, q + kBlockRows);
     const int64_t floats = rows * s.lanes;
-    if (a.dq.data && from_zero)
-      for (int64_t i = 0; i < round_up(rows, kTileRows) * s.lanes; i += kLanes) vstore(s.dq + i, vzero());
     if (a.dq.data && !from_zero) {
       while (__atomic_load_n(progress(head, q), __ATOMIC_ACQUIRE) != int32_t(range)) a.yield();
       copy_floats(s.dq, left_sums(head, q), floats);
@@ -263,7 +281,9 @@ struct BackwardUnit {
     for (int64_t block = first; block < last; ++block) {
       const int64_t key = block * kBackwardKeys;
       const BlockMask mask(doc, q, rows, key, min64(kBackwardKeys, doc.k_count - key));
-      backward_block<Words>(a, s, mask, key - begin * kBackwardKeys);
+      bool& visited = s.visited[block - begin];
+      backward_block<Words>(a, s, mask, key - begin * kBackwardKeys, {from_zero && block == first, !visited});
+      visited = true;
     }
     if (!a.dq.data) return;
     if (to_end) {
@@ -279,10 +299,20 @@ struct BackwardUnit {
   void run(int64_t kv_head) const {
     const int64_t group = group_size(a), key = begin * kBackwardKeys, key_end = min64(doc.k_count, end * kBackwardKeys);
     pack_keys<Words, T>(a, doc, kv_head, key, key_end, s);
+    for (bool& visited : s.visited) visited = false;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
       for (int64_t q = 0; q < doc.q_count; q += kBlockRows) query_block(head, q, min64(kBlockRows, doc.q_count - q));
-    store_rows<T>(a.dk, doc.k_begin + key, kv_head, key_end - key, a.head_dim, s.dk, s.lanes, a.softmax_scale);
-    store_rows<T>(a.dv, doc.k_begin + key, kv_head, key_end - key, a.head_dim_v, s.dv, s.lanes_v, 1.0f);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t at = (block - begin) * kBackwardKeys, token = doc.k_begin + key + at;
+      const int64_t keys = min64(kBackwardKeys, key_end - key - at);
+      if (s.visited[block - begin]) {
+        store_rows<T>(a.dk, token, kv_head, keys, a.head_dim, s.dk + at * s.lanes, s.lanes, a.softmax_scale);
+        store_rows<T>(a.dv, token, kv_head, keys, a.head_dim_v, s.dv + at * s.lanes_v, s.lanes_v, 1.0f);
+      } else {
+        zero_tokens<T>(a.dk, token, token + keys, kv_head, kv_head + 1, a.head_dim);
+        zero_tokens<T>(a.dv, token, token + keys, kv_head, kv_head + 1, a.head_dim_v);
+      }
+    }
   }
 };
 
@@ -292,14 +322,19 @@ void backward(const VarlenAttn& a, int threads) {
   const int64_t thread_floats = BackwardScratch(a, blocks, Words::kPair, nullptr).used;
   const int64_t units = number_units(a, [&](const Document& doc) { return ranges_of(doc, blocks) * a.num_kv_heads; });
   parallel_dynamic(units, grain_of(units, threads), threads, [&](int rank, int64_t first, int64_t last) {
-    const BackwardScratch scratch(a, blocks, Words::kPair, a.scratch + rank * thread_floats);
+    BackwardScratch scratch(a, blocks, Words::kPair, a.scratch + rank * thread_floats);
     for (int64_t unit = first; unit < last; ++unit) {
       // Units are handed out in order, so that the one which this one may wait for has always been begun.
       const int64_t position = position_of(a, unit), local = unit - a.first_unit[position];
       const Document doc(a, a.doc_order[position]);
       const int64_t range = local / a.num_kv_heads;
-      const BackwardUnit<Words, T> one{a,      doc,   scratch,        a.doc_order[position],
-                                       blocks, range, range * blocks, min64(key_blocks_of(doc), (range + 1) * blocks)};
+      const BackwardUnit<Words, T> one{a,
+                                       doc,
+                                       scratch,
+                                       a.doc_order[position],
+                                       range,
+                                       range * blocks,
+                                       min64(key_blocks_of(doc), (range + 1) * blocks)};
       one.run(local % a.num_kv_heads);
     }
   });

@@ -27,7 +27,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // Words are floats.
 struct FloatWords {
   static constexpr int kPair = 1;
-  static constexpr int64_t kChain = 64;  // words of a dot product that are added up in one go: more would lose digits
+  static constexpr int64_t kChain = 32;  // words of a dot product that are added up in one go: more would lose digits
   static Vec dot(Vec a, Vec b, Vec sum) { return vfma(a, b, sum); }
 
   // Lanes [i, i + n) of a row of words.
@@ -129,8 +129,10 @@ struct TileRange {
   int64_t col_begin, col_end, begin, end;
 };
 
+// Inlined, so that the strides that are constants where it is called are constants here.
 template <class Words, int NV>
-inline void tile_sums(LeftOperand a, const float* b, int64_t b_stride, int64_t steps, Vec (&sum)[kTileRows][NV]) {
+__attribute__((always_inline)) inline void tile_sums(LeftOperand a, const float* b, int64_t b_stride, int64_t steps,
+                                                     Vec (&sum)[kTileRows][NV]) {
   for (int r = 0; r < kTileRows; ++r)
     for (int n = 0; n < NV; ++n) sum[r][n] = vzero();
   for (int64_t k = 0; k < steps; ++k) {
@@ -145,33 +147,29 @@ inline void tile_sums(LeftOperand a, const float* b, int64_t b_stride, int64_t s
   }
 }
 
-struct StoreTile {
+// c = sum, or c + sum.
+struct SumTile {
   float* c;
   int64_t stride;
+  bool add;
   template <int NV>
   void operator()(int64_t row, int64_t col, const Vec (&sum)[kTileRows][NV]) const {
-    for (int r = 0; r < kTileRows; ++r)
-      for (int n = 0; n < NV; ++n) vstore(c + (row + r) * stride + col + n * kLanes, sum[r][n]);
+    float* p = c + row * stride + col;
+    if (add)
+      for (int r = 0; r < kTileRows; ++r)
+        for (int n = 0; n < NV; ++n)
+          vstore(p + r * stride + n * kLanes, vadd(vload(p + r * stride + n * kLanes), sum[r][n]));
+    else
+      for (int r = 0; r < kTileRows; ++r)
+        for (int n = 0; n < NV; ++n) vstore(p + r * stride + n * kLanes, sum[r][n]);
   }
 };
 
-struct AddTile {
+// c = sum, or c * scale[row] + sum.
+struct ScaledSumTile {
   float* c;
   int64_t stride;
-  template <int NV>
-  void operator()(int64_t row, int64_t col, const Vec (&sum)[kTileRows][NV]) const {
-    for (int r = 0; r < kTileRows; ++r)
-      for (int n = 0; n < NV; ++n) {
-        float* p = c + (row + r) * stride + col + n * kLanes;
-        vstore(p, vadd(vload(p), sum[r][n]));
-      }
-  }
-};
-
-// c = c * scale[row] + sum.
-struct ScaleAddTile {
-  float* c;
-  int64_t stride;
+  bool add;
   const float* scale;
   template <int NV>
   void operator()(int64_t row, int64_t col, const Vec (&sum)[kTileRows][NV]) const {
@@ -179,15 +177,15 @@ struct ScaleAddTile {
       const Vec factor = vset(scale[row + r]);
       for (int n = 0; n < NV; ++n) {
         float* p = c + (row + r) * stride + col + n * kLanes;
-        vstore(p, vfma(vload(p), factor, sum[r][n]));
+        vstore(p, add ? vfma(vload(p), factor, sum[r][n]) : sum[r][n]);
       }
     }
   }
 };
 
 template <class Words, int NV, class Done>
-inline void one_tile(LeftOperand a, const float* b, int64_t b_stride, int64_t row, int64_t col, TileRange range,
-                     const Done& done) {
+__attribute__((always_inline)) inline void one_tile(LeftOperand a, const float* b, int64_t b_stride, int64_t row,
+                                                    int64_t col, TileRange range, const Done& done) {
   Vec sum[kTileRows][NV];
   a.p += row * a.row_stride + range.begin * a.step_stride;
   tile_sums<Words, NV>(a, b + range.begin * b_stride + col, b_stride, range.end - range.begin, sum);
@@ -195,17 +193,17 @@ inline void one_tile(LeftOperand a, const float* b, int64_t b_stride, int64_t ro
 }
 
 // Hands done(row, col, sums) every tile of C = A B; b has `lanes` columns. range_of(row) says what to compute of the
-// kTileRows rows from `row` on. Rows are the inner loop: they share a panel of b that stays in the 1st-level cache.
+// kTileRows rows from `row` on; a sum of no steps is zero. Rows are the inner loop: they share a panel of b that stays in the 1st-level cache.
 template <class Words, class RangeOf, class Done>
-inline void product(LeftOperand a, const float* b, int64_t lanes, int64_t rows, const RangeOf& range_of,
-                    const Done& done) {
+__attribute__((always_inline)) inline void product(LeftOperand a, const float* b, int64_t lanes, int64_t rows,
+                                                   const RangeOf& range_of, const Done& done) {
   const int64_t vecs = lanes / kLanes, panels = (vecs + kTileVecs - 1) / kTileVecs;
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t first = vecs * panel / panels * kLanes, last = vecs * (panel + 1) / panels * kLanes;
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const TileRange range = range_of(row);
       const int64_t col = max64(first, range.col_begin), width = min64(last, range.col_end) - col;
-      if (width <= 0 || range.end <= range.begin) continue;
+      if (width <= 0) continue;
       switch (width / kLanes) {
         case 1: one_tile<Words, 1>(a, b, lanes, row, col, range, done); break;
         case 2: one_tile<Words, 2>(a, b, lanes, row, col, range, done); break;

@@ -5,6 +5,7 @@
 // clang-format off
 #include "nf4.kernel.h"
 #include "lora_linear.kernel.h"
+#include "linear_cross_entropy.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -23,6 +24,10 @@ const KernelTable table = {
     small_matmul_4bit,
     row_squares,
     dropout,
+    cross_entropy_tile,
+    combine_rows,
+    add_rows_at,
+    weighted_column_sums,
 };
 
 }  // namespace PYFINETUNE_ISA

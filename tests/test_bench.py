@@ -193,7 +193,7 @@ class TestCases:
         assert sum(case.target is not None for case in cases_of([], quick=False)) >= 12
 
     def test_ops(self):
-        assert op_names() == ["lora_linear", "nf4", "varlen_attn"]
+        assert op_names() == ["linear_cross_entropy", "lora_linear", "nf4", "step", "varlen_attn"]
         assert {case.op for case in cases_of(["nf4"])} == {"nf4"}
         with pytest.raises(UserError, match="no benchmark for 'nf5'"):
             cases_of(["nf5"])

@@ -60,6 +60,48 @@ struct VarlenAttnScratch {
   int64_t floats, dq_floats, dq_counters;
 };
 
+// Logits of `rows` tokens for entries [first, first + cols) of the vocabulary, and what is known of each token so far.
+struct CrossEntropyTile {
+  // [rows, cols]; with `write` replaced by exp(z - peak of the tile) / total of the tile, times slope; 0 at the label.
+  void* logits;
+  DType dtype;
+  int64_t rows, cols, stride;
+  const float* bias;       // [cols] or null
+  const int64_t* targets;  // [rows]: labels, in the whole vocabulary
+  int64_t first;
+  float softcap;  // 0 is none
+  bool write;
+  // [rows] each. Over all tiles: the largest logit, the sum of exp(z - peak) without the label's, and the label's logit
+  // and its softcap's slope.
+  float* peak;
+  double* total;
+  float *picked, *slope;
+  // [rows] each, written for this tile: a sum over tiles continues as keep * sum + add * (sum over this tile).
+  float *keep, *add;
+  float *tile_peak, *tile_total;  // [rows] each, or both null
+};
+
+constexpr int64_t kCrossEntropyCols = 4096;  // the widest tile
+
+// Rows of matrices with a factor each: see the kernels that take it. A step of 0 means one factor for all rows.
+struct RowCombination {
+  void* out;
+  DType out_dtype;
+  int64_t out_stride;
+  const int64_t* rows;  // of out; null where they are 0, 1, 2, ...
+  const void* x;
+  DType x_dtype;
+  int64_t x_stride;
+  const float* a;
+  int64_t a_step;
+  const void* y;  // null where there is none
+  DType y_dtype;
+  int64_t y_stride;
+  const float* b;
+  int64_t b_step;
+  int64_t count, cols;
+};
+
 struct KernelTable {
   const char* name;
   bool packs_bf16;  // small_matmul_4bit wants x as bf16 when dtype is bf16
@@ -74,6 +116,10 @@ struct KernelTable {
   VarlenAttnScratch (*varlen_attn_scratch)(const VarlenAttn&, bool backward, int threads);
   void (*varlen_attn)(const VarlenAttn&, int threads);
   void (*varlen_attn_bwd)(const VarlenAttn&, int threads);
+  void (*cross_entropy_tile)(const CrossEntropyTile&, int threads);
+  void (*combine_rows)(const RowCombination&, int threads);
+  void (*add_rows_at)(const RowCombination&, int threads);
+  void (*weighted_column_sums)(const RowCombination&, int threads);
 };
 
 // The table in use. Throws BackendUnavailable when PYFINETUNE_CPU_ISA names one that this machine cannot run.

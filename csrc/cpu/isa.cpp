@@ -8,6 +8,7 @@
 #include "varlen_attn_tile.kernel.h"
 #include "varlen_attn.kernel.h"
 #include "varlen_attn_bwd.kernel.h"
+#include "linear_cross_entropy.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -29,6 +30,10 @@ const KernelTable table = {
     varlen_attn_scratch,
     varlen_attn,
     varlen_attn_bwd,
+    cross_entropy_tile,
+    combine_rows,
+    add_rows_at,
+    weighted_column_sums,
 };
 
 }  // namespace PYFINETUNE_ISA

@@ -53,6 +53,23 @@ inline Vec vtanh(Vec x) {
 // 1 / (1 + e^-x), without cancellation at either end.
 inline Vec vsigmoid(Vec x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vzero(), x)))); }
 
+// tanh x = t / (t + 2) with t = e^2x - 1, which is made without cancellation where x is small.
+inline Vec vtanh(Vec x) {
+  const Vec y = vmax(vset(-20.0f), vmin(vset(20.0f), vadd(x, x)));  // in this order NaN passes through both
+  const Vec n = vround(vmul(y, vset(1.44269504088896341f)));
+  Vec r = vfma(n, vset(-0.693359375f), y);
+  r = vfma(n, vset(2.12194440e-4f), r);
+  Vec p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  const Vec one = vset(1.0f), power = vscale2(one, n);
+  const Vec t = vfma(power, vfma(vmul(r, r), p, r), vsub(power, one));
+  return vdiv(t, vadd(t, vset(2.0f)));
+}
+
 }  // namespace
 }  // namespace PYFINETUNE_ISA
 }  // namespace pyfinetune

@@ -1,0 +1,117 @@
+"""Op linear_cross_entropy at its limits: extreme numbers, the memory it may hold, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from cross_entropy_cases import IGNORED, LargestAllocation, make, name
+from oracle import BACKWARD, FORWARD, assert_as_good_as
+
+import pyfinetune as pf
+from pyfinetune.ops import _linear_cross_entropy_cpu as cpu
+
+FAST_BACKENDS = ["cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_large_logits_and_masked_entries(dtype):
+    """Logits of +-1e4, entries that a bias of -inf excludes (whole tiles of them), a token certain of its label."""
+    case = make(12, 200, 16, dtype=dtype, bias=True, workspace=64 * 12 * 4, ignored=0.2, scale=100.0)
+    case.weight.data.mul_(20)
+    with torch.no_grad():
+        case.bias[:70], case.bias[130:] = -math.inf, -math.inf
+        case.labels.copy_(torch.where(case.labels == IGNORED, IGNORED, case.labels % 60 + 70))
+    for options in ({}, {"reduction": "none"}):
+        case = dataclasses.replace(case, options=options)
+        ours, theirs, exact = case.run(), case.plain(), case.cast(torch.float64).plain()
+        for i, results in enumerate(zip(ours, theirs, exact, strict=True)):
+            assert_as_good_as(*results, BACKWARD if i else FORWARD, f"output {i}")
+
+
+def test_nan_and_infinity_reach_the_loss():
+    case = make(6, 300, 8, ignored=0.0, workspace=64 * 6 * 4, reduction="none", bias=True)
+    hidden = case.hidden.detach().clone()
+    hidden[1, 3], hidden[4, 2] = math.nan, math.inf
+    loss = dataclasses.replace(case, hidden=hidden).forward()
+    assert loss.isnan().tolist() == [False, True, False, False, True, False]
+    case.bias.data.fill_(-math.inf)
+    assert case.forward().isnan().all()
+    case.bias.data[5] = math.nan
+    assert case.forward().isnan().all()
+
+
+def test_float16_sums_do_not_overflow():
+    """A sum over a tile of the vocabulary, or over the tokens, may be beyond 65504 where the gradient is not."""
+    case = make(300, 4096, 4, dtype=torch.float16, ignored=0.0)
+    with torch.no_grad():
+        case.weight.fill_(60.0)
+        case.hidden.fill_(1000.0 / 60)
+        case.weight[0].neg_()
+        case.labels.fill_(1)
+    ours, exact = case.run(), case.cast(torch.float64).plain()
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=1e-3)
+    summed = dataclasses.replace(case, options={"reduction": "none"})
+    _loss, *grads = summed.gradients(summed.forward() * 1e-4)
+    _loss, *exact = dataclasses.replace(summed.cast(torch.float64), options={"reduction": "sum"}).plain()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_logits_never_exist(reduction):
+    case = make(600, 30_000, 16, dtype=torch.bfloat16, ignored=0.0, reduction=reduction).frozen()
+    cpu._scratch.buffer = None
+    with LargestAllocation() as tracker:
+        loss = case.forward()
+        torch.autograd.grad(loss, case.hidden, torch.ones_like(loss))
+    assert tracker.largest < 2 * cpu.TILE_BYTES < 600 * 30_000 * 2
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 2048, 2049, 100_000])
+@pytest.mark.parametrize("vocab", [1, 63, 65, 49_152, 262_144])
+@pytest.mark.parametrize("workspace", [0, 1, 1000, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_plan_keeps_to_the_workspace(tokens, vocab, workspace, keep):
+    plan = cpu.Plan.of(tokens, vocab, 2, workspace, keep)
+    chunks, tiles = plan.chunks(tokens), plan.tiles(vocab)
+    assert [i for chunk in chunks for i in chunk] == list(range(tokens))
+    assert [i for tile in tiles for i in tile] == list(range(vocab))
+    rows, cols = max(map(len, chunks)), max(map(len, tiles))
+    assert rows <= cpu.MAX_ROWS
+    assert cols <= cpu.MAX_COLS
+    budget = workspace or (cpu.KEPT_BYTES if keep else cpu.TILE_BYTES)
+    assert rows * (vocab if keep else cols) * 2 <= max(budget, 2 * (vocab if keep else 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.randn(6, 7)}, r"weight is \[50, 8\], needs \[vocabulary, 7\]"),
+        ({"hidden": torch.ones(6, 8, dtype=torch.int64)}, "hidden is int64, needs"),
+        ({"hidden": torch.tensor(1.0)}, "hidden has no dimensions"),
+        ({"weight": torch.randn(50, 8, dtype=torch.float16)}, "weight is float16, needs float32"),
+        ({"weight": torch.randn(50)}, r"weight is \[50\], needs"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels is \[5\], needs \[6\]"),
+        ({"labels": torch.zeros(6, dtype=torch.int32)}, "labels is int32, needs int64"),
+        ({"labels": torch.tensor([1, 2, IGNORED, 50, 0, 0])}, "the label of row 3 is 50, needs 0 <= label < 50"),
+        ({"labels": torch.tensor([1, 2, IGNORED, -1, 0, 0])}, "the label of row 3 is -1, needs"),
+        ({"bias": torch.randn(49)}, r"bias is \[49\], needs \[50\]"),
+        ({"options": {"reduction": "max"}}, "reduction is 'max'"),
+        ({"options": {"softcap": -1.0}}, "softcap is -1.0"),
+        ({"options": {"softcap": math.nan}}, "softcap is nan"),
+        ({"options": {"num_items": 3, "reduction": "sum"}}, "num_items is the denominator of reduction 'mean'"),
+        ({"options": {"num_items": torch.ones(2)}}, r"num_items is \[2\], needs"),
+        ({"options": {"num_items": "3"}}, "num_items is str, needs"),
+        ({"workspace": 0}, "workspace_bytes is 0"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_wrong_arguments_are_named(backend, change, message):
+    case = make(6, 50, 8)
+    with pf.use_backend(backend), pytest.raises(pf.InvalidInput, match=f"linear_cross_entropy: .*{message}"):
+        dataclasses.replace(case, **change).forward()

@@ -57,3 +57,13 @@ def peft_layer(base: torch.nn.Module, rank: int, dropout: float, dora: bool) -> 
     with torch.no_grad():  # a fresh B is zero, which hides both mistakes and work
         layer.lora_B["default"].weight.normal_(std=0.02)
     return layer
+
+
+def llama() -> tuple[ModuleType | None, str]:
+    """transformers' module of Llama, whose norm and rotary embedding most models share; or None and the reason."""
+    transformers, why = find("transformers")
+    return (
+        (None, why)
+        if transformers is None
+        else (importlib.import_module("transformers.models.llama.modeling_llama"), "")
+    )

@@ -38,5 +38,8 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_nf4(m);
   bind_lora_linear(m);
+  bind_rms_norm(m);
+  bind_rope(m);
+  bind_glu(m);
   m.attr("__version__") = PYFINETUNE_VERSION;
 }

@@ -5,6 +5,10 @@
 // clang-format off
 #include "nf4.kernel.h"
 #include "lora_linear.kernel.h"
+#include "rows.kernel.h"
+#include "rms_norm.kernel.h"
+#include "glu.kernel.h"
+#include "rope.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -23,6 +27,11 @@ const KernelTable table = {
     small_matmul_4bit,
     row_squares,
     dropout,
+    rms_norm,
+    rms_norm_bwd,
+    glu,
+    glu_bwd,
+    rope,
 };
 
 }  // namespace PYFINETUNE_ISA

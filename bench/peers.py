@@ -87,3 +87,13 @@ def attention_per_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bo
         out = torch.nn.functional.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
+
+
+def llama() -> tuple[ModuleType | None, str]:
+    """transformers' module of Llama, whose norm and rotary embedding most models share; or None and the reason."""
+    transformers, why = find("transformers")
+    return (
+        (None, why)
+        if transformers is None
+        else (importlib.import_module("transformers.models.llama.modeling_llama"), "")
+    )

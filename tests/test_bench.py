@@ -13,7 +13,19 @@ import torch
 from rich.console import Console
 
 from pyfinetune import ops
-from pyfinetune.bench import bench_lora_linear, bench_nf4, cases_of, ceilings, checks, op_names, peers, report, runner
+from pyfinetune.bench import (
+    bench_lora_linear,
+    bench_nf4,
+    bench_rms_norm,
+    bench_rope,
+    cases_of,
+    ceilings,
+    checks,
+    op_names,
+    peers,
+    report,
+    runner,
+)
 from pyfinetune.bench import worker as worker_module
 from pyfinetune.bench.harness import (
     MAX_ROUNDS,
@@ -193,12 +205,13 @@ class TestCases:
         assert sum(case.target is not None for case in cases_of([], quick=False)) >= 12
 
     def test_ops(self):
-        assert op_names() == ["linear_cross_entropy", "lora_linear", "nf4", "step", "varlen_attn"]
+        ops = ["glu", "linear_cross_entropy", "lora_linear", "nf4", "rms_norm", "rope", "step", "varlen_attn"]
+        assert op_names() == ops
         assert {case.op for case in cases_of(["nf4"])} == {"nf4"}
         with pytest.raises(UserError, match="no benchmark for 'nf5'"):
             cases_of(["nf5"])
 
-    @pytest.mark.parametrize("module", [bench_nf4, bench_lora_linear])
+    @pytest.mark.parametrize("module", [bench_nf4, bench_lora_linear, bench_rms_norm, bench_rope])
     def test_missing_peers_are_told(self, monkeypatch, module):
         monkeypatch.setattr(peers, "find", lambda package: (None, "not installed (here)"))
         for case in module.cases(quick=True)[-2:]:

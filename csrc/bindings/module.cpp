@@ -40,5 +40,8 @@ PYBIND11_MODULE(_C, m) {
   bind_lora_linear(m);
   bind_varlen_attn(m);
   bind_linear_cross_entropy(m);
+  bind_rms_norm(m);
+  bind_rope(m);
+  bind_glu(m);
   m.attr("__version__") = PYFINETUNE_VERSION;
 }

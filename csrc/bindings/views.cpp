@@ -99,4 +99,57 @@ TensorView matrix(const py::handle& capsule, const char* op, const char* name) {
   return view;
 }
 
+TensorView rows(const py::handle& capsule, const char* op, const char* name, const TensorView* like) {
+  const TensorView view = view_of(capsule, op, name);
+  const auto what = [&] { return std::string(op) + ": " + name; };
+  PYFINETUNE_CHECK(!view.on_cuda, what() + " is not on the CPU");
+  PYFINETUNE_CHECK(is_weight_dtype(view.dtype), what() + " is " + dtype_name(view.dtype) + ", needs a float type");
+  const int last = view.ndim - 1;
+  PYFINETUNE_CHECK(view.ndim == 0 || view.shape[last] <= 1 || view.strides[last] == 1,
+                   what() + " has rows that are not contiguous");
+  if (!like) return view;
+  PYFINETUNE_CHECK(view.dtype == like->dtype,
+                   what() + " is " + dtype_name(view.dtype) + ", needs " + dtype_name(like->dtype));
+  PYFINETUNE_CHECK(view.ndim == like->ndim, what() + " has another number of dimensions");
+  for (int d = 0; d < view.ndim; ++d) PYFINETUNE_CHECK(view.shape[d] == like->shape[d], what() + " has another shape");
+  return view;
+}
+
+TensorView merged(const TensorView& view) {
+  TensorView out = view;
+  out.ndim = 2;
+  out.shape[0] = 1;
+  out.strides[0] = 0;
+  out.shape[1] = view.ndim > 0 ? view.shape[view.ndim - 1] : 1;
+  out.strides[1] = 1;
+  int64_t shape[kMaxDims], strides[kMaxDims];
+  int count = 0;
+  for (int d = 0; d + 1 < view.ndim; ++d) {
+    if (view.shape[d] == 1) continue;
+    if (count > 0 && strides[count - 1] == view.strides[d] * view.shape[d]) {
+      shape[count - 1] *= view.shape[d];
+      strides[count - 1] = view.strides[d];
+    } else {
+      shape[count] = view.shape[d];
+      strides[count++] = view.strides[d];
+    }
+  }
+  if (count == 0) return out;
+  out.ndim = count + 1;
+  for (int d = 0; d < count; ++d) {
+    out.shape[d] = shape[d];
+    out.strides[d] = strides[d];
+  }
+  out.shape[count] = view.shape[view.ndim - 1];
+  out.strides[count] = 1;
+  return out;
+}
+
+void* fresh(const py::handle& capsule, const char* op, const char* name, const TensorView& like) {
+  const TensorView view = rows(capsule, op, name, &like);
+  PYFINETUNE_CHECK(is_contiguous(view), std::string(op) + ": " + name + " is not contiguous");
+  advise_huge_pages(view.data, numel(view, name) * item_size(view.dtype));
+  return view.data;
+}
+
 }  // namespace pyfinetune

@@ -23,6 +23,16 @@ TensorView flat(const py::handle& capsule, const char* op, const char* name, DTy
 // A 2-D view whose rows are contiguous, on the CPU, of a dtype that weights come in.
 TensorView matrix(const py::handle& capsule, const char* op, const char* name);
 
+// A view of any number of dimensions whose last one is contiguous, on the CPU, of a dtype that activations come in;
+// of `like`'s shape and dtype where that is given.
+TensorView rows(const py::handle& capsule, const char* op, const char* name, const TensorView* like = nullptr);
+
+// The same rows [..., columns] in as few leading dimensions as their strides allow; at least one.
+TensorView merged(const TensorView& view);
+
+// A contiguous tensor of `like`'s shape and dtype, which a kernel is about to fill: large ones get huge pages.
+void* fresh(const py::handle& capsule, const char* op, const char* name, const TensorView& like);
+
 // The eight values that describe a 4-bit weight of `elements` elements, checked against each other.
 Packed4bit packed_of(const py::tuple& fields, int64_t elements, const char* op, int device = -1);
 
@@ -40,5 +50,8 @@ void bind_nf4(py::module_& m);
 void bind_lora_linear(py::module_& m);
 void bind_varlen_attn(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
+void bind_rms_norm(py::module_& m);
+void bind_rope(py::module_& m);
+void bind_glu(py::module_& m);
 
 }  // namespace pyfinetune

@@ -102,6 +102,64 @@ struct RowCombination {
   int64_t count, cols;
 };
 
+// y = x' rstd (offset + weight) by row, x' = x + residual. Views are [..., cols] with contiguous rows; plain pointers
+// are contiguous.
+struct RmsNorm {
+  TensorView x, residual;  // residual.data is null where there is none, as is total
+  const void* weight;      // [cols]
+  float eps, offset;
+  float* gain;  // scratch [cols]
+  void* y;
+  void* total;  // x'
+  float* rstd;  // [rows]
+  int64_t rows, cols;
+  DType dtype, weight_dtype;
+};
+
+// Its gradients; dsum.data, dx or dweight may be null. Units of unit_rows rows are summed into d_weight one by one.
+struct RmsNormBwd {
+  TensorView dout, dsum, x;
+  const void* weight;
+  const float* rstd;
+  float offset;
+  float* gain;     // scratch [cols]
+  float* scratch;  // [units, 2, cols]
+  void* dx;
+  void* dweight;
+  int64_t rows, cols, units, unit_rows;
+  DType dtype, weight_dtype;
+};
+
+constexpr int64_t kRmsNormChunk = 32;  // rows summed into d_weight in one chain
+constexpr int64_t kRmsNormUnits = 64;  // the most units
+
+enum class Activation : int { silu, gelu_tanh, gelu };  // the order of ACTIVATIONS in pyfinetune/ops/glu.py
+
+// out = activation(gate) * up; views as in RmsNorm, all of one dtype.
+struct Glu {
+  TensorView gate, up;
+  void* out;
+  int64_t rows, cols;
+  Activation activation;
+  DType dtype;
+};
+
+struct GluBwd {
+  TensorView dout, gate, up;
+  void *dgate, *dup;
+  int64_t rows, cols;
+  Activation activation;
+  DType dtype;
+};
+
+// q, k and their results [batch, heads, tokens, head_dim], cos and sin [batch, tokens, rotary_dim] with a batch stride
+// of zero where all share one table; the last dimension of each is contiguous.
+struct Rope {
+  TensorView q, k, q_out, k_out, cos, sin;
+  bool backward;
+  DType dtype, table_dtype;
+};
+
 struct KernelTable {
   const char* name;
   bool packs_bf16;  // small_matmul_4bit wants x as bf16 when dtype is bf16
@@ -120,6 +178,11 @@ struct KernelTable {
   void (*combine_rows)(const RowCombination&, int threads);
   void (*add_rows_at)(const RowCombination&, int threads);
   void (*weighted_column_sums)(const RowCombination&, int threads);
+  void (*rms_norm)(const RmsNorm&, int threads);
+  void (*rms_norm_bwd)(const RmsNormBwd&, int threads);
+  void (*glu)(const Glu&, int threads);
+  void (*glu_bwd)(const GluBwd&, int threads);
+  void (*rope)(const Rope&, int threads);
 };
 
 // The table in use. Throws BackendUnavailable when PYFINETUNE_CPU_ISA names one that this machine cannot run.

@@ -9,6 +9,10 @@
 #include "varlen_attn.kernel.h"
 #include "varlen_attn_bwd.kernel.h"
 #include "linear_cross_entropy.kernel.h"
+#include "rows.kernel.h"
+#include "rms_norm.kernel.h"
+#include "glu.kernel.h"
+#include "rope.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -34,6 +38,11 @@ const KernelTable table = {
     combine_rows,
     add_rows_at,
     weighted_column_sums,
+    rms_norm,
+    rms_norm_bwd,
+    glu,
+    glu_bwd,
+    rope,
 };
 
 }  // namespace PYFINETUNE_ISA

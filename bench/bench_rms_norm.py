@@ -1,0 +1,71 @@
+"""Cases of the op `rms_norm`, against Hugging Face's module."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+import pyfinetune as pf
+from pyfinetune.bench import elementwise, peers
+from pyfinetune.bench.harness import OURS, Case, Setup, Target
+
+_EPS = 1e-6
+_PEER = "Hugging Face"
+
+
+def _plain(x, weight, residual=None):
+    x = x if residual is None else x + residual
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _EPS)).to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def _build(device: torch.device, shape: tuple[int, ...], trained: bool, residual: bool, backward: bool) -> Setup:
+    weight = torch.nn.Parameter((1 + 0.1 * torch.randn(shape[-1], device=device)).bfloat16(), requires_grad=trained)
+
+    def random():
+        return torch.randn(shape, device=device).bfloat16()
+
+    def make():
+        inputs = [random().requires_grad_(), weight] + ([random().requires_grad_()] if residual else [])
+        return inputs, [random() for _ in range(1 + residual)] if backward else []
+
+    functions = {OURS: lambda x, weight, residual=None: pf.ops.rms_norm(x, weight, _EPS, residual=residual)}
+    llama, why = peers.llama()
+    if llama is not None:
+        norm = llama.LlamaRMSNorm(shape[-1], _EPS)
+        norm.weight = weight
+
+        def module(x, weight, residual=None):
+            if residual is None:
+                return norm(x)
+            total = x + residual
+            return norm(total), total
+
+        functions[_PEER] = module
+    return elementwise.build(device, make, functions, _plain, {} if llama is not None else {_PEER: why})
+
+
+def _case(shape, target=None, *, trained=False, residual=False, backward=True, note="") -> Case:
+    elements = 1.0
+    for size in shape:
+        elements *= size
+    # Forward reads x and writes y; backward reads x and dout and writes dx. A residual is read and its sum written,
+    # and the sum's gradient is read.
+    passes = (2 + 2 * residual) + (3 + residual) * backward
+    name = f"RMSNorm {'x'.join(map(str, shape))} bf16{note}, {'fwd+bwd' if backward else 'forward'}"
+    build = functools.partial(_build, shape=shape, trained=trained, residual=residual, backward=backward)
+    return Case("rms_norm", name, build, bytes=2 * passes * elements, target=target)
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """The rows of the table; `quick` is smaller, and without targets, which are stated for the full shapes."""
+    shape, heads = ((64, 512), (1, 32, 4, 64)) if quick else ((1024, 4096), (2, 512, 32, 128))
+    return [
+        _case(shape, None if quick else Target(8.0, 8.0)),
+        _case(shape, trained=True, note=", weight trained"),
+        _case(shape, residual=True, note=", with residual"),
+        _case(heads, note=", heads"),
+        _case((1, shape[1]), backward=False),
+    ]

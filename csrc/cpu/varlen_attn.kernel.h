@@ -36,13 +36,6 @@ inline T* head_row(const HeadsView& x, int64_t token, int64_t head) {
   return static_cast<T*>(x.data) + token * x.token_stride + head * x.head_stride;
 }
 
-// Rows that are about to be packed: they lie far apart, where the hardware does not foresee them.
-template <class T>
-inline void prefetch_rows(const HeadsView& x, int64_t token, int64_t head, int64_t rows, int64_t head_dim) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < head_dim; i += 64 / int64_t(sizeof(T))) vprefetch(head_row<T>(x, token + r, head) + i);
-}
-
 // One document: where its tokens stand, and which keys a query may attend to.
 struct Document {
   int64_t q_begin, q_count, k_begin, k_count, window_left, window_right;
@@ -268,9 +261,6 @@ void forward_unit(const VarlenAttn& a, const Document& doc, int64_t kv_head, int
                         s.keys);
     pack_pairs<Words>(head_row<const T>(a.v, doc.k_begin + key, kv_head), a.v.token_stride, keys, cols, a.head_dim_v,
                       s.lanes_v, s.values);
-    const int64_t next_keys = min64(kForwardKeys, key_end - key - kForwardKeys);
-    prefetch_rows<T>(a.k, doc.k_begin + key + kForwardKeys, kv_head, next_keys, a.head_dim);
-    prefetch_rows<T>(a.v, doc.k_begin + key + kForwardKeys, kv_head, next_keys, a.head_dim_v);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t q = q_begin + b * kBlockRows, rows = min64(kBlockRows, q_end - q);
       if (doc.last_key(q + rows - 1) <= key || doc.first_key(q) >= key + keys) continue;

@@ -247,18 +247,6 @@ struct BackwardUnit {
     return a.dq_progress + head * blocks + doc.q_begin / kBlockRows + doc_index + q / kBlockRows;
   }
 
-  void prefetch_next(int64_t head, int64_t q) const {
-    if (q >= doc.q_count) {  // the unit's next head; the last one's is of another unit, which may be the next
-      ++head;
-      for (q = 0; q < doc.q_count && doc.last_key(q) <= begin * kBackwardKeys;) q += kBlockRows;
-    }
-    const int64_t rows = min64(kBlockRows, doc.q_count - q);
-    if (head >= a.num_heads) return;
-    prefetch_rows<T>(a.q, doc.q_begin + q, head, rows, a.head_dim);
-    prefetch_rows<T>(a.dout, doc.q_begin + q, head, rows, a.head_dim_v);
-    prefetch_rows<T>(a.out, doc.q_begin + q, head, rows, a.head_dim_v);
-  }
-
   void query_block(int64_t head, int64_t q, int64_t rows) const {
     const int64_t first_key = doc.first_key(q), last_key = doc.last_key(q + rows - 1);
     const int64_t token = doc.q_begin + q;
@@ -272,7 +260,6 @@ struct BackwardUnit {
     const bool from_zero = first_key / kBackwardKeys >= begin,
                to_end = (last_key + kBackwardKeys - 1) / kBackwardKeys <= end;
     pack_queries<Words, T>(a, token, head, rows, s);
-    prefetch_next(head, q + kBlockRows);
     const int64_t floats = rows * s.lanes;
     if (a.dq.data && !from_zero) {
       while (__atomic_load_n(progress(head, q), __ATOMIC_ACQUIRE) != int32_t(range)) a.yield();

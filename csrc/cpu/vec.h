@@ -87,8 +87,6 @@ inline void vfence() {
 #endif
 }
 
-inline void vprefetch(const void* p) { __builtin_prefetch(p); }
-
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

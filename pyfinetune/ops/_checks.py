@@ -38,7 +38,7 @@ def cpu_why_not(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] =
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in dtypes:
             return f"no kernel for {str(tensor.dtype).removeprefix('torch.')}"

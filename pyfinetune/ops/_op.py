@@ -108,7 +108,13 @@ class Op:
     def __call__(self, *args):
         # The registered autograd looks each argument up in the schema again for each argument, in Python: 85 us a call
         # for a schema of 17. Eager calls that need gradients take the same two functions without that detour.
-        if self._function is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Inside functorch's transforms only the registered form will do.
+        if (
+            self._function is not None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        ):
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.requires_grad:
                     return self._function.apply(*args)
@@ -128,10 +134,11 @@ class Op:
         Raises:
             BackendUnavailable: a backend is forced by name and cannot take the arguments.
         """
-        if _forced is None:
-            return next(backend for backend in self.backends if backend.why_not(*args) is None)
         for backend in self.backends:
-            if backend.name == _forced:
+            if _forced is None:
+                if backend.why_not(*args) is None:
+                    return backend
+            elif backend.name == _forced:
                 reason = backend.why_not(*args)
                 if reason is None:
                     return backend
@@ -158,11 +165,14 @@ class Op:
 def _eager_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
     """The op's gradient as a plain autograd function around its registered forward."""
 
-    def forward(*args):
-        return overload(*args)
+    # One function, not forward and setup_context: for those torch binds the arguments to the signature at each call,
+    # which costs more than all the rest.
+    def forward(ctx, *args):
+        output = overload(*args)
+        setup_context(ctx, args, output)
+        return output
 
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
-    namespace = {name: staticmethod(function) for name, function in members.items()}
+    namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{overload.__name__}_function", (torch.autograd.Function,), namespace)
 
 

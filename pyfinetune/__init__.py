@@ -21,8 +21,10 @@ from pyfinetune.ops import Packed4bit
 from pyfinetune.ops._op import explain, use_backend
 
 if TYPE_CHECKING:
+    from pyfinetune.hf.loading import load_4bit
     from pyfinetune.hf.patch import patch
     from pyfinetune.hf.peft_lora import lora_config
+    from pyfinetune.hf.quantizer import Config4bit
     from pyfinetune.hf.verify import verify
     from pyfinetune.linear4bit import Linear4bit, quantize
     from pyfinetune.machine import info
@@ -31,9 +33,11 @@ __version__ = _native.native.__version__
 
 # Names whose modules are loaded when first asked for.
 _LAZY = {
+    "Config4bit": "pyfinetune.hf.quantizer",
     "Linear4bit": "pyfinetune.linear4bit",
     "quantize": "pyfinetune.linear4bit",
     "info": "pyfinetune.machine",
+    "load_4bit": "pyfinetune.hf.loading",
     "lora_config": "pyfinetune.hf.peft_lora",
     "patch": "pyfinetune.hf.patch",
     "verify": "pyfinetune.hf.verify",
@@ -41,6 +45,7 @@ _LAZY = {
 
 __all__ = [
     "BackendUnavailable",
+    "Config4bit",
     "InvalidInput",
     "Linear4bit",
     "Packed4bit",
@@ -48,6 +53,7 @@ __all__ = [
     "UserError",
     "explain",
     "info",
+    "load_4bit",
     "lora_config",
     "ops",
     "patch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Linear4bit(nn.Linear):
         # nn.Linear's own constructor would allocate and initialise a dense weight.
         nn.Module.__init__(self)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _check_settings("Linear4bit", quant_type, block_size)
+        check_settings("Linear4bit", quant_type, block_size)
         if dtype not in FLOATS:
             raise InvalidInput(f"Linear4bit: dtype is {dtype}, needs float32, float16 or bfloat16")
         self.in_features, self.out_features = in_features, out_features
@@ -102,10 +102,10 @@ class Linear4bit(nn.Linear):
         Example:
             >>> layer = pf.Linear4bit.from_linear(torch.nn.Linear(128, 64), block_size=128)
         """
-        _check_settings("Linear4bit.from_linear", quant_type, block_size)
+        check_settings("Linear4bit.from_linear", quant_type, block_size)
         if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
             raise InvalidInput(f"Linear4bit.from_linear: linear is {type(linear).__name__}, needs an nn.Linear")
-        _check_weight("Linear4bit.from_linear", "linear", linear.weight)
+        check_weight("Linear4bit.from_linear", "linear", linear.weight)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.in_features, new.out_features = linear.in_features, linear.out_features
@@ -205,10 +205,10 @@ class Linear4bit(nn.Linear):
         found = {name.removeprefix(key): value for name, value in state_dict.items() if name in known}
         assign = local_metadata.get("assign_to_params_buffers", False)
         try:
-            missing = [f"{key}{name}" for name in _missing_parts(found, self)]
+            missing = [f"{key}{name}" for name in missing_parts(found, self.quant_type, self.double_quant)]
             missing_keys += missing
             if not missing:
-                self._take(_decode_state(key, found, (self.out_features, self.in_features)), assign)
+                self._take(decode_state(key, found, (self.out_features, self.in_features)), assign)
             if self.bias is not None and bias_key not in state_dict:
                 missing_keys.append(bias_key)
             elif self.bias is not None:
@@ -273,20 +273,23 @@ def _encode_state(packed: Packed4bit) -> torch.Tensor:
     return text.to("meta") if on_meta else text
 
 
-def _missing_parts(found: dict[str, torch.Tensor], module: Linear4bit) -> list[str]:
-    """Keys that a complete weight has and `found` has not, each as what follows "weight"."""
+def missing_parts(found: dict[str, torch.Tensor], quant_type: str, double_quant: bool) -> list[str]:
+    """Keys that a complete weight has and `found` has not, each as what follows "weight".
+
+    The settings say what is missing where nothing in `found` tells.
+    """
     if "" in found and not any(found.keys() - {""}) and found[""].is_floating_point():
-        return []  # a plain float weight, which _decode_state refuses with the mend
+        return []  # a plain float weight, which decode_state refuses with the mend
     nested = [".nested_absmax", ".nested_quant_map"]
     need = ["", ".absmax", ".quant_map"]
-    if any(name in found for name in nested) or (not found and module.double_quant):
+    if any(name in found for name in nested) or (not found and double_quant):
         need += nested
-    if not any(f".{_state_key(quant_type)}" in found for quant_type in QUANT_TYPES):
-        need.append(f".{_state_key(module.quant_type)}")
+    if not any(f".{_state_key(known)}" in found for known in QUANT_TYPES):
+        need.append(f".{_state_key(quant_type)}")
     return [name for name in need if name not in found]
 
 
-def _decode_state(key: str, found: dict[str, torch.Tensor], shape: tuple[int, int]) -> Packed4bit:
+def decode_state(key: str, found: dict[str, torch.Tensor], shape: tuple[int, int]) -> Packed4bit:
     """The packed weight in a complete set of a state dict's entries."""
     codes = found[""]
     states = [name for quant_type in QUANT_TYPES if (name := f".{_state_key(quant_type)}") in found]
@@ -332,14 +335,14 @@ class SavedQuantization(dict):
         return dict(self)
 
 
-def _check_settings(where: str, quant_type: str, block_size: int) -> None:
+def check_settings(where: str, quant_type: str, block_size: int) -> None:
     if quant_type not in QUANT_TYPES:
         raise InvalidInput(f"{where}: quant_type is {quant_type!r}, needs one of {QUANT_TYPES}")
     if block_size not in BLOCK_SIZES:
         raise InvalidInput(f"{where}: block_size is {block_size}, needs one of {BLOCK_SIZES}")
 
 
-def _check_weight(where: str, name: str, weight: torch.Tensor) -> None:
+def check_weight(where: str, name: str, weight: torch.Tensor) -> None:
     if nn.parameter.is_lazy(weight) or weight.is_meta:
         raise InvalidInput(f"{where}: {name}.weight has no values yet (meta device); load the model first")
     if weight.dtype not in FLOATS:
@@ -348,7 +351,7 @@ def _check_weight(where: str, name: str, weight: torch.Tensor) -> None:
         raise InvalidInput(f"{where}: {name}.weight has NaN or infinite values")
 
 
-def _plain_linear(module: nn.Module) -> bool:
+def plain_linear(module: nn.Module) -> bool:
     """Whether the module computes x W^T + bias and nobody reads its weight behind its back."""
     return (
         isinstance(module, nn.Linear)
@@ -370,7 +373,7 @@ def _tied_weights(model: nn.Module) -> set[int]:
     return {key for key, count in seen.items() if count > 1}
 
 
-def _skipped(name: str, skip: Iterable[str]) -> bool:
+def skipped(name: str, skip: Iterable[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in skip)
 
 
@@ -387,26 +390,35 @@ def _refuse_adapters(model: nn.Module) -> None:
             )
 
 
-def _targets(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[tuple[str, nn.Linear]], list[str]]:
-    """The linear layers to quantize, and the names of those that stay dense."""
+def choose_targets(
+    model: nn.Module, skip: Iterable[str], fits: Callable[[nn.Module], bool] = plain_linear
+) -> tuple[list[tuple[str, nn.Module]], list[str]]:
+    """The layers to quantize among those that fit, and the names of those that stay dense."""
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    names = [name for name, _ in model.named_modules()]
+    for part in skip:
+        if part != "lm_head" and not any(skipped(name, (part,)) for name in names):
+            raise InvalidInput(f"quantize: skip names {part!r}, and the model has no such module")
     tied = _tied_weights(model)
     # What transformers itself keeps in float32 (T5 reads `wo.weight.dtype`, for one) stays dense here too.
     keep = (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
     head = model.get_output_embeddings() if "lm_head" in skip and hasattr(model, "get_output_embeddings") else None
     chosen, left = [], []
-    for name, module in _linears(model):
-        if module is head or _skipped(name, keep) or id(module.weight) in tied:
+    for name, module in model.named_modules():
+        if not fits(module):
+            continue
+        if module is head or skipped(name, keep) or id(module.weight) in tied:
             left.append(name)
         else:
             chosen.append((name, module))
+    if not chosen:
+        done = any(isinstance(module, Linear4bit) for module in model.modules())
+        reason = "its linear layers are 4-bit already" if done else f"left out: {', '.join(left) or 'no linear layers'}"
+        raise InvalidInput(f"quantize: nothing to quantize ({reason})")
     return chosen, left
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    return ((name, module) for name, module in model.named_modules() if _plain_linear(module))
-
-
-def _note_in_config(model: nn.Module, quant_type: str, double_quant: bool, left: list[str]) -> None:
+def note_in_config(model: nn.Module, quant_type: str, double_quant: bool, left: list[str]) -> None:
     """Make `save_pretrained` write a checkpoint that bitsandbytes' loader recognises."""
     config = getattr(model, "config", None)
     present = getattr(config, "quantization_config", None)
@@ -460,24 +472,15 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"quantize: model is {type(model).__name__}, needs an nn.Module")
-    _check_settings("quantize", quant_type, block_size)
+    check_settings("quantize", quant_type, block_size)
     _refuse_adapters(model)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    names = [name for name, _ in model.named_modules()]
-    for part in skip:
-        if part != "lm_head" and not any(_skipped(name, (part,)) for name in names):
-            raise InvalidInput(f"quantize: skip names {part!r}, and the model has no such module")
-    chosen, left = _targets(model, skip)
-    if not chosen:
-        done = any(isinstance(module, Linear4bit) for module in model.modules())
-        reason = "its linear layers are 4-bit already" if done else f"left out: {', '.join(left) or 'no linear layers'}"
-        raise InvalidInput(f"quantize: nothing to quantize ({reason})")
+    chosen, left = choose_targets(model, skip)
     for name, linear in chosen:
-        _check_weight("quantize", name, linear.weight)
+        check_weight("quantize", name, linear.weight)
     for _, linear in chosen:
         packed = quantize_4bit(linear.weight, block_size, quant_type, double_quant)
         # The same object under a new class: hooks, names and whoever else holds the module stay right.
         linear.__class__ = Linear4bit
         linear._set_packed(packed)
-    _note_in_config(model, quant_type, double_quant, left)
+    note_in_config(model, quant_type, double_quant, left)
     return model

@@ -4,7 +4,11 @@
 
 // clang-format off
 #include "nf4.kernel.h"
+#include "lora_dora.kernel.h"
+#include "lora_dropout.kernel.h"
 #include "lora_linear.kernel.h"
+#include "lora_panel.kernel.h"
+#include "lora_thin.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -21,8 +25,13 @@ const KernelTable table = {
     quantize_4bit,
     quantize_absmax,
     small_matmul_4bit,
-    row_squares,
     dropout,
+    dropout_mask,
+    thin::down,
+    thin::up,
+    thin::outer,
+    thin::dora_norms,
+    thin::dora_grad,
 };
 
 }  // namespace PYFINETUNE_ISA

@@ -73,16 +73,6 @@ void small_matmul_4bit(const py::object& x, const py::tuple& packed, int64_t out
                            usable);
 }
 
-void row_squares(const py::object& weight, const py::object& squares, int threads) {
-  const char* op = "lora_linear";
-  const TensorView w = matrix(weight, op, "weight");
-  auto* sums = static_cast<float*>(flat(squares, op, "squares", DType::f32, w.shape[0]).data);
-  const KernelTable& chosen = kernels();
-  const int usable = usable_threads(threads);
-  py::gil_scoped_release release;
-  chosen.row_squares(w.data, w.dtype, w.shape[0], w.shape[1], w.strides[0], sums, usable);
-}
-
 void dropout(const py::object& x, const py::object& out, double p, int64_t seed, int threads) {
   const char* op = "lora_linear";
   const TensorView input = view_of(x, op, "x");
@@ -101,8 +91,8 @@ void dropout(const py::object& x, const py::object& out, double p, int64_t seed,
 
 void bind_lora_linear(py::module_& m) {
   m.def("small_matmul_4bit", &small_matmul_4bit);
-  m.def("row_squares", &row_squares);
   m.def("dropout", &dropout);
+  m.attr("small_matmul_rows") = kSmallMatmulRows;
 }
 
 }  // namespace pyfinetune

@@ -43,5 +43,6 @@ PYBIND11_MODULE(_C, m) {
   bind_rms_norm(m);
   bind_rope(m);
   bind_glu(m);
+  bind_lora_thin(m);
   m.attr("__version__") = PYFINETUNE_VERSION;
 }

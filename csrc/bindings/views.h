@@ -53,5 +53,6 @@ void bind_linear_cross_entropy(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_glu(py::module_& m);
+void bind_lora_thin(py::module_& m);
 
 }  // namespace pyfinetune

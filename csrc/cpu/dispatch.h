@@ -160,6 +160,92 @@ struct Rope {
   DType dtype, table_dtype;
 };
 
+// An adapter as the right operand of a thin product: element (k, n) of the product's [k, n], one of the strides 1.
+struct ThinOperand {
+  const void* data;
+  DType dtype;
+  int64_t k_stride, n_stride;
+};
+
+// out[m, r] = scale * sum_k keep(x)[m, k] * a[k, r]. `mask` holds a bit for each of the m * k elements of x, and four
+// spare bytes; null keeps all. `packed` is scratch of thin_scratch(k, r) bytes.
+struct ThinDown {
+  const void* x;
+  int64_t x_stride, m, k, r;
+  ThinOperand a;
+  const uint8_t* mask;
+  float scale;
+  void* out;
+  int64_t out_stride;
+  DType dtype, out_dtype;  // of x; of out: the same or f32
+  void* packed;
+};
+
+// y[m, n] = add + u, where u = scale * keep(sum_r s[m, r] * b[r, n]); with a factor, see finish_up. y, z and base may
+// be where `add` is. `packed` is scratch of thin_scratch(r, n) bytes.
+struct ThinUp {
+  const void* s;
+  int64_t s_stride, m, r, n;
+  ThinOperand b;
+  const uint8_t* mask;  // of the [m, n] elements, or null
+  float scale;
+  const void* add;
+  int64_t add_stride;
+  const float* factor;  // [n] or null: then base, bias and z are not looked at
+  const void *base, *bias;
+  int64_t base_stride;
+  void* z;
+  int64_t z_stride;
+  void* y;
+  int64_t y_stride;
+  DType dtype;
+  void* packed;
+};
+
+// out[r, n] = scale * sum_m t[m, r] * keep(x)[m, n]. `packed` is scratch of thin_scratch(m, r) bytes, `sums` of as many
+// as thin_scratch(r, n).
+struct ThinOuter {
+  const void* t;
+  int64_t t_stride, m, r, n;
+  const void* x;
+  int64_t x_stride;
+  const uint8_t* mask;  // of the [m, n] elements, or null
+  float scale;
+  void* out;
+  int64_t out_r_stride, out_n_stride;
+  DType dtype, out_dtype;
+  void* packed;
+  float* sums;
+};
+
+// Enough for a [k, n] operand in every instruction set's panels, and for float sums in their shape.
+constexpr int64_t thin_scratch(int64_t k, int64_t n) { return (k + 16) * (n + 128) * 4; }
+
+// norms[n] = ||w[n] + scaling * b[n] A||, given gram = A A^T. `cross` is scratch [n, r].
+struct DoraNorms {
+  const void* w;
+  int64_t w_stride, n, k, r;
+  ThinOperand a;
+  const float *b, *gram;
+  double scaling;
+  float *norms, *cross;
+  DType dtype;
+  void* packed;
+};
+
+constexpr int64_t kDoraBlock = 64;  // rows of dout to a row of DoraGrad's `partial`
+
+// g = dout * factor by column, dz = column sums of dout * z; g null or z null leaves that out.
+struct DoraGrad {
+  const void* dout;
+  int64_t dout_stride, m, n;
+  const void* z;
+  const float* factor;
+  void* g;
+  float *dz, *partial;  // [n]; scratch [ceil(m / kDoraBlock), n]
+  DType dtype;
+};
+
 struct KernelTable {
   const char* name;
   bool packs_bf16;  // small_matmul_4bit wants x as bf16 when dtype is bf16
@@ -169,7 +255,6 @@ struct KernelTable {
   void (*quantize_absmax)(const float* centred, int64_t n, int block_shift, const uint8_t* nearest, uint8_t* codes,
                           float* absmax, int threads);
   void (*small_matmul_4bit)(const Packed4bit&, const SmallMatmul&, int threads);
-  void (*row_squares)(const void* w, DType, int64_t rows, int64_t cols, int64_t stride, float* squares, int threads);
   void (*dropout)(const void* x, void* out, DType, int64_t n, double p, uint64_t seed, int threads);
   VarlenAttnScratch (*varlen_attn_scratch)(const VarlenAttn&, bool backward, int threads);
   void (*varlen_attn)(const VarlenAttn&, int threads);
@@ -183,6 +268,12 @@ struct KernelTable {
   void (*glu)(const Glu&, int threads);
   void (*glu_bwd)(const GluBwd&, int threads);
   void (*rope)(const Rope&, int threads);
+  void (*dropout_mask)(uint8_t* mask, int64_t n, double p, uint64_t seed, int threads);
+  void (*thin_down)(const ThinDown&, int threads);
+  void (*thin_up)(const ThinUp&, int threads);
+  void (*thin_outer)(const ThinOuter&, int threads);
+  void (*dora_norms)(const DoraNorms&, int threads);
+  void (*dora_grad)(const DoraGrad&, int threads);
 };
 
 // The table in use. Throws BackendUnavailable when PYFINETUNE_CPU_ISA names one that this machine cannot run.

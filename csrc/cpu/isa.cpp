@@ -4,6 +4,8 @@
 
 // clang-format off
 #include "nf4.kernel.h"
+#include "lora_dora.kernel.h"
+#include "lora_dropout.kernel.h"
 #include "lora_linear.kernel.h"
 #include "varlen_attn_tile.kernel.h"
 #include "varlen_attn.kernel.h"
@@ -13,6 +15,8 @@
 #include "rms_norm.kernel.h"
 #include "glu.kernel.h"
 #include "rope.kernel.h"
+#include "lora_panel.kernel.h"
+#include "lora_thin.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -29,7 +33,6 @@ const KernelTable table = {
     quantize_4bit,
     quantize_absmax,
     small_matmul_4bit,
-    row_squares,
     dropout,
     varlen_attn_scratch,
     varlen_attn,
@@ -43,6 +46,12 @@ const KernelTable table = {
     glu,
     glu_bwd,
     rope,
+    dropout_mask,
+    thin::down,
+    thin::up,
+    thin::outer,
+    thin::dora_norms,
+    thin::dora_grad,
 };
 
 }  // namespace PYFINETUNE_ISA

@@ -169,6 +169,12 @@ inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(int(threshold))), x);
 }
+// Bit i says whether word i >= threshold; kLanes words.
+inline uint32_t vreached(const uint32_t* words, uint32_t threshold) {
+  return _mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(int(threshold)));
+}
+// x in the lanes whose bit is set, else 0; bits above the lanes' do not matter.
+inline Vec vselect(Vec x, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), x); }
 
 // x in the lanes first <= i < last, y in the others; the bounds may lie outside of the vector.
 inline Vec vbetween(Vec x, int first, int last, Vec y) {
@@ -289,6 +295,15 @@ inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
   // AVX2 has no unsigned compare: w >= t exactly when max(w, t) = w.
   return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, t), w)));
 }
+inline uint32_t vreached(const uint32_t* words, uint32_t threshold) {
+  const __m256i w = _mm256_loadu_si256((const __m256i*)words), t = _mm256_set1_epi32(int(threshold));
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, t), w))));
+}
+inline Vec vselect(Vec x, uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int(bits)), lane);
+  return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
 
 inline Vec vbetween(Vec x, int first, int last, Vec y) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -377,6 +392,8 @@ inline void vcombine(Vec a, Vec b, Vec& even, Vec& odd) {
   even = a;
   odd = b;
 }
+inline uint32_t vreached(const uint32_t* words, uint32_t threshold) { return *words >= threshold ? 1u : 0u; }
+inline Vec vselect(Vec x, uint32_t bits) { return bits & 1u ? x : 0.0f; }
 
 #endif
 

@@ -1,5 +1,6 @@
 """The ops: each a public function here, a contract in its file, and kernels behind it."""
 
+from pyfinetune.ops._lora_linear_group import lora_linear_group
 from pyfinetune.ops.glu import geglu, swiglu
 from pyfinetune.ops.linear_cross_entropy import linear_cross_entropy
 from pyfinetune.ops.lora_linear import lora_linear
@@ -14,6 +15,7 @@ __all__ = [
     "geglu",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linear_group",
     "quantize_4bit",
     "rms_norm",
     "rope",

@@ -102,23 +102,28 @@ class Op:
             backward = once_differentiable(backward)
             torch.library.register_autograd(f"pyfinetune::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         self.overload = getattr(torch.ops.pyfinetune, name).default
-        self._function = None if backward is None else _eager_function(self.overload, setup_context, backward)
+        self._nested = "Tensor[]" in schema
+        make = _nested_function if self._nested else _eager_function
+        self._function = None if backward is None else make(self.overload, setup_context, backward)
         REGISTRY[name] = self
 
     def __call__(self, *args):
         # The registered autograd looks each argument up in the schema again for each argument, in Python: 85 us a call
         # for a schema of 17. Eager calls that need gradients take the same two functions without that detour.
-        # Inside functorch's transforms only the registered form will do.
-        if (
-            self._function is not None
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        ):
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    return self._function.apply(*args)
-        return self.overload(*args)
+        if self._function is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.overload(*args)
+        flat, shape = (args, None) if not self._nested else _flatten(args)
+        for arg in flat:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                break
+        else:
+            return self.overload(*args)
+        if torch._C._are_functorch_transforms_active():  # they know the registered gradient only
+            return self.overload(*args)
+        if shape is None:
+            return self._function.apply(*args)
+        layout = _Layout(shape)
+        return _nest(self._function.apply(layout, *flat), layout.outputs)
 
     def _run(self, *args):
         self.check(*args)
@@ -163,16 +168,75 @@ class Op:
 
 
 def _eager_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
-    """The op's gradient as a plain autograd function around its registered forward."""
+    """The op's gradient as a plain autograd function around its registered forward.
 
-    # One function, not forward and setup_context: for those torch binds the arguments to the signature at each call,
-    # which costs more than all the rest.
+    `forward` calls `setup_context` itself: with the two apart, torch inspects forward's signature at each call.
+    """
+
     def forward(ctx, *args):
         output = overload(*args)
         setup_context(ctx, args, output)
         return output
 
-    namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members = {"forward": forward, "backward": backward}
+    namespace = {name: staticmethod(function) for name, function in members.items()}
+    return type(f"{overload.__name__}_function", (torch.autograd.Function,), namespace)
+
+
+@dataclass
+class _Layout:
+    """Where lists of tensors stand among an op's arguments and results: their lengths, None for anything else."""
+
+    inputs: list[int | None]
+    outputs: list[int | None] | None = None
+
+
+def _flatten(values: Sequence) -> tuple[list, list[int | None]]:
+    """The values with lists of tensors (and what stands for their gradients) opened, and where those were."""
+    flat, lengths = [], []
+    for value in values:
+        if isinstance(value, list | tuple) and all(v is None or isinstance(v, torch.Tensor) for v in value):
+            flat.extend(value)
+            lengths.append(len(value))
+        else:
+            flat.append(value)
+            lengths.append(None)
+    return flat, lengths
+
+
+def _nest(flat: Sequence, lengths: Sequence[int | None]) -> tuple:
+    nested, start = [], 0
+    for length in lengths:
+        nested.append(flat[start] if length is None else list(flat[start : start + length]))
+        start += 1 if length is None else length
+    return tuple(nested)
+
+
+def _nested_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
+    """The same for an op with lists of tensors: autograd sees tensors only where they are arguments themselves."""
+
+    def forward(ctx, layout: _Layout, *flat):
+        args = _nest(flat, layout.inputs)
+        output = overload(*args)
+        setup_context(ctx, args, output)
+        ctx.layout = layout
+        flat_output, layout.outputs = _flatten(output)
+        return tuple(flat_output)
+
+    def nested_backward(ctx, *grads):
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = _nest(needs[1:], ctx.layout.inputs)
+        try:
+            result = backward(ctx, *_nest(grads, ctx.layout.outputs))
+        finally:
+            ctx.needs_input_grad = needs
+        flat = [None]
+        for grad, length in zip(result, ctx.layout.inputs, strict=True):
+            flat.extend([grad] if length is None else grad or [None] * length)
+        return tuple(flat)
+
+    members = {"forward": forward, "backward": nested_backward}
+    namespace = {name: staticmethod(function) for name, function in members.items()}
     return type(f"{overload.__name__}_function", (torch.autograd.Function,), namespace)
 
 

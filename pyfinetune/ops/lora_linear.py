@@ -17,11 +17,11 @@ _BASE = (
     "Tensor weight, Tensor? absmax, Tensor? quant_map, Tensor? nested_absmax, Tensor? nested_quant_map, "
     "Tensor? nested_offset, int block_size, int nested_block_size, SymInt out_features"
 )
-_BASE_ARGS = 9
+_BASE_ARGS = cpu.BASE_ARGS
 _ADAPTER = "Tensor? lora_a, Tensor? lora_b, float scaling, float dropout_p, Tensor? seed, Tensor? magnitude"
 
 
-def _check(x, *args):
+def check(x, *args):
     base, (lora_a, lora_b, _scaling, dropout_p, seed, magnitude, bias) = args[:_BASE_ARGS], args[_BASE_ARGS:]
     weight, absmax, quant_map, *nested, block_size, nested_block_size, out_features = base
     check_tensor(_NAME, "x", x, ALL_FLOATS)
@@ -60,9 +60,9 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
         fail(_NAME, f"{name} is {list(tensor.shape)}, needs {list(shape)}")
 
 
-def _check_bwd(dout, x, *args):
+def check_bwd(dout, x, *args):
     base, rest = args[:_BASE_ARGS], args[_BASE_ARGS:]
-    _check(x, *base, *rest[:6], None)
+    check(x, *base, *rest[:6], None)
     check_tensor(_NAME, "dout", dout, (x.dtype,))
     _check_shape("dout", dout, (x.shape[0], base[-1]))
 
@@ -71,7 +71,7 @@ def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake(x, *args):
+def fake(x, *args):
     out_features = args[_BASE_ARGS - 1]
     lora_a, _lora_b, _scaling, _p, _seed, magnitude, _bias = args[_BASE_ARGS:]
     rows = x.shape[0]
@@ -82,7 +82,7 @@ def _fake(x, *args):
     return y, s, z, norm
 
 
-def _fake_bwd(dout, x, *args):
+def fake_bwd(dout, x, *args):
     weight, out_features = args[0], args[_BASE_ARGS - 1]
     lora_a, lora_b, _scaling, _p, _seed, magnitude, _s, _z, _norm, *needs = args[_BASE_ARGS:]
     shapes = (
@@ -108,7 +108,7 @@ def _dense(x, base):
     return dequantize_reference(*base[:-1], (out_features, x.shape[1]), dtype).to(x.dtype)
 
 
-def _reference(x, *args):
+def reference(x, *args):
     base, (lora_a, lora_b, scaling, dropout_p, seed, magnitude, bias) = args[:_BASE_ARGS], args[_BASE_ARGS:]
     weight = _dense(x, base)
     y = x @ weight.T
@@ -132,11 +132,11 @@ def _reference(x, *args):
     return y, s, z, norm
 
 
-def _reference_bwd(dout, x, *args):
+def reference_bwd(dout, x, *args):
     base = args[:_BASE_ARGS]
     lora_a, lora_b, scaling, dropout_p, seed, magnitude, s, z, norm, *needs = args[_BASE_ARGS:]
     need_dx, need_dweight, need_da, need_db, need_dbias, need_dmagnitude = needs
-    grads = list(_fake_bwd(dout, x, *args))
+    grads = list(fake_bwd(dout, x, *args))
     g = dout if magnitude is None else dout * (magnitude.to(norm.dtype) / norm).to(dout.dtype)
     dropped = dropout(x, dropout_p, seed) if dropout_p and lora_a is not None else x
     split = magnitude is not None and dropout_p > 0  # DoRA recomputes its base term on the dropped input
@@ -169,9 +169,9 @@ _bwd = Op(
     f"(Tensor dout, Tensor x, {_BASE}, {_ADAPTER}, Tensor s, Tensor z, Tensor norm, bool need_dx, bool need_dweight, "
     "bool need_da, bool need_db, bool need_dbias, bool need_dmagnitude) "
     "-> (Tensor dx, Tensor dweight, Tensor d_lora_a, Tensor d_lora_b, Tensor dbias, Tensor dmagnitude)",
-    check=_check_bwd,
-    fake=_fake_bwd,
-    reference=_reference_bwd,
+    check=check_bwd,
+    fake=fake_bwd,
+    reference=reference_bwd,
     backends=[Backend("cpu", cpu.backward, lambda dout, x, weight, *rest: cpu_why_not(dout, x, weight))],
 )
 
@@ -214,7 +214,7 @@ def _backward(ctx, dout, *_unused):
     return tuple(grads)
 
 
-def _prepare(
+def prepare(
     x: torch.Tensor,
     weight_or_packed: torch.Tensor | Packed4bit,
     lora_a: torch.Tensor | None,
@@ -251,17 +251,18 @@ def _prepare(
     elif seed.dtype != torch.int64 or seed.dim() != 0:
         fail(_NAME, f"seed is {seed.dtype} {list(seed.shape)}, needs a 0-d int64 tensor")
     adapter = (lora_a, lora_b, float(scaling), float(dropout_p), seed, magnitude)
-    return (x.reshape(-1, in_features), *base, *adapter, bias)
+    # A view costs a node of the graph, forward and backward.
+    return (x if x.dim() == 2 else x.reshape(-1, in_features), *base, *adapter, bias)
 
 
 _lora_linear = Op(
     _NAME,
     f"(Tensor x, {_BASE}, {_ADAPTER}, Tensor? bias) -> (Tensor y, Tensor s, Tensor z, Tensor norm)",
-    check=_check,
-    fake=_fake,
-    reference=_reference,
+    check=check,
+    fake=fake,
+    reference=reference,
     backends=[Backend("cpu", cpu.forward, lambda x, weight, *rest: cpu_why_not(x, weight))],
-    prepare=_prepare,
+    prepare=prepare,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -312,6 +313,6 @@ def lora_linear(
     Source: LoRA, https://arxiv.org/abs/2106.09685; QLoRA, https://arxiv.org/abs/2305.14314; DoRA,
     https://arxiv.org/abs/2402.09353; the norm by the low-rank identity, see `_lora_linear_cpu`.
     """
-    args = _prepare(x, weight_or_packed, lora_a, lora_b, scaling, bias, dropout_p, seed, magnitude)
-    y, *_saved = _lora_linear(*args)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    args = prepare(x, weight_or_packed, lora_a, lora_b, scaling, bias, dropout_p, seed, magnitude)
+    y = _lora_linear(*args)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])

@@ -74,7 +74,8 @@ class Case:
         flops: of the matrix products that no implementation can do without.
         dtype: of those products; picks the rate they are held against.
         bytes: that have to be read and written at least once.
-        target: what ours should reach; None where nothing is promised.
+        target: what ours should reach against every peer; None where nothing is promised.
+        targets: by a peer's name, what ours should reach against that one instead.
         isa: run under this instruction set instead of the best one.
         versus: with `isa`: the case whose time under the best instruction set ours is compared with.
     """
@@ -86,6 +87,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     bytes: float = 0.0
     target: Target | None = None
+    targets: Mapping[str, Target] = field(default_factory=dict)
     isa: str | None = None
     versus: str | None = None
 
@@ -198,6 +200,7 @@ def measure(case: Case, device: torch.device, ceilings: Mapping[str, float], sec
         "case": case.name,
         "floor_ms": floor_seconds(case, ceilings) * 1e3,
         "target": None if case.target is None else vars(case.target),
+        "targets": {name: vars(target) for name, target in case.targets.items()},
         "isa": case.isa,
         "versus": case.versus,
         "missing": setup.missing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -57,3 +58,32 @@ def peft_layer(base: torch.nn.Module, rank: int, dropout: float, dora: bool) -> 
     with torch.no_grad():  # a fresh B is zero, which hides both mistakes and work
         layer.lora_B["default"].weight.normal_(std=0.02)
     return layer
+
+
+def attention_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hugging Face's `sdpa` attention over one row of packed documents: a dense mask, K and V repeated.
+
+    Args:
+        q, k, v: [tokens, heads, head_dim].
+        mask: bool [1, 1, tokens, tokens], which the model makes once for all of its layers.
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(1, q.shape[1], *x.shape[2:]) for x in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out[0].transpose(0, 1).contiguous()
+
+
+def attention_per_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """One call of torch's causal attention for each document.
+
+    Args:
+        q, k, v: [tokens, heads, head_dim].
+        bounds: where each document begins, and where the last one ends.
+    """
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        document = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)

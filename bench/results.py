@@ -23,7 +23,7 @@ class Line:
         ours, theirs: median milliseconds.
         ratio: theirs / ours, taken within one run.
         of_limit: the floor set by the machine's rates / our time, 1.0 being as fast as it can be.
-        target: the case's `Target` as a dictionary, or None.
+        target: the case's `Target` against this peer as a dictionary, or None.
         saved: megabytes that ours and the peer keep for the backward pass, where measured.
         problems: what went wrong, in words; `wrong` says whether it was ours.
     """
@@ -106,7 +106,8 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
                 continue
             for peer, theirs in _opponents(row, rows).items():
                 key = (row["op"], row["case"], peer)
-                line = found.setdefault(key, Line(row["op"], row["case"], peer, target=row["target"]))
+                target = row.get("targets", {}).get(peer, row["target"])
+                line = found.setdefault(key, Line(row["op"], row["case"], peer, target=target))
                 _add(line, page, row, theirs)
                 notes = [f"{name} missing: {why}" for name, why in row["missing"].items()]
                 line.problems += [note for note in notes if note not in line.problems]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -188,11 +189,11 @@ class TestCases:
         for quick in (True, False):
             names = [(case.op, case.name) for case in cases_of([], quick)]
             assert len(set(names)) == len(names)
-        assert not any(case.target for case in cases_of([], quick=True))
+        assert not any(case.target or case.targets for case in cases_of([], quick=True))
         assert sum(case.target is not None for case in cases_of([], quick=False)) >= 12
 
     def test_ops(self):
-        assert op_names() == ["lora_linear", "nf4"]
+        assert op_names() == ["lora_linear", "nf4", "varlen_attn"]
         assert {case.op for case in cases_of(["nf4"])} == {"nf4"}
         with pytest.raises(UserError, match="no benchmark for 'nf5'"):
             cases_of(["nf5"])
@@ -228,6 +229,15 @@ class TestResults:
         rows = [row(peer=peer, target=vars(target)) for peer in peers]
         (line,) = lines_of(result(default=rows[:1], recycled=rows[1:]))
         assert line.met is met
+
+    def test_a_peer_with_a_target_of_its_own(self):
+        measured = row(peer=4.0, targets={"other": vars(Target(5.0))})
+        measured["results"]["other"] = {"ok": True, "detail": "fine", "ms": 4.0}
+        peer, other = lines_of(result(default=[measured]))
+        assert (peer.met, other.met) == (True, False)
+        case = replace(make_case(), target=None, targets={"peer": Target(0.0, 0.0)})
+        (line,) = lines_of(result(default=[measure(case, CPU, RATES, 0.0)]))
+        assert line.met
 
     def test_forced_isa_is_compared_with_ours_under_the_best(self):
         forced = row("decode, AVX2", ours=2.0, peer=None, isa="avx2", versus="decode")

@@ -38,5 +38,6 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_nf4(m);
   bind_lora_linear(m);
+  bind_varlen_attn(m);
   m.attr("__version__") = PYFINETUNE_VERSION;
 }

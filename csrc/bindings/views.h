@@ -38,5 +38,6 @@ inline int usable_threads(int threads) { return in_forked_child() || threads < 1
 // Each adds the functions of one op to the module.
 void bind_nf4(py::module_& m);
 void bind_lora_linear(py::module_& m);
+void bind_varlen_attn(py::module_& m);
 
 }  // namespace pyfinetune

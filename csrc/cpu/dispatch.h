@@ -30,6 +30,36 @@ struct SmallMatmul {
 constexpr int kSmallMatmulRows = 32;     // the largest m
 constexpr int64_t kSmallMatmulPad = 64;  // x_stride is a multiple of this
 
+// A tensor [tokens, heads, head_dim] whose last dimension is contiguous. Strides are in elements; null: not wanted.
+struct HeadsView {
+  void* data;
+  int64_t token_stride, head_stride;
+};
+
+// Packed attention, forward and backward (which reads out and lse, and writes those of dq, dk, dv that are wanted).
+// Key j of a document may be attended to by its query i when j - (i + lk - lq) is in [-window_left, window_right].
+struct VarlenAttn {
+  HeadsView q, k, v, out, dout, dq, dk, dv;
+  float* lse;                // [num_heads, total_q]
+  const int32_t* cu_q;       // [docs + 1]
+  const int32_t* cu_k;       // [docs + 1]
+  const int32_t* doc_order;  // [docs]: costly documents first
+  int64_t docs, total_q, total_k;
+  int64_t num_heads, num_kv_heads, head_dim, head_dim_v;
+  int64_t window_left, window_right;  // causality is window_right = 0; both are far below 2^63 / 2
+  float softmax_scale, softcap;       // softcap 0: none
+  DType dtype;
+  int64_t* first_unit;   // [docs + 1], for the kernel's use
+  float* scratch;        // as large as varlen_attn_scratch says, aligned to 64 bytes
+  float* dq_sums;        // the same
+  int32_t* dq_progress;  // the same, zero
+  void (*yield)();       // lets another thread run
+};
+
+struct VarlenAttnScratch {
+  int64_t floats, dq_floats, dq_counters;
+};
+
 struct KernelTable {
   const char* name;
   bool packs_bf16;  // small_matmul_4bit wants x as bf16 when dtype is bf16
@@ -41,6 +71,9 @@ struct KernelTable {
   void (*small_matmul_4bit)(const Packed4bit&, const SmallMatmul&, int threads);
   void (*row_squares)(const void* w, DType, int64_t rows, int64_t cols, int64_t stride, float* squares, int threads);
   void (*dropout)(const void* x, void* out, DType, int64_t n, double p, uint64_t seed, int threads);
+  VarlenAttnScratch (*varlen_attn_scratch)(const VarlenAttn&, bool backward, int threads);
+  void (*varlen_attn)(const VarlenAttn&, int threads);
+  void (*varlen_attn_bwd)(const VarlenAttn&, int threads);
 };
 
 // The table in use. Throws BackendUnavailable when PYFINETUNE_CPU_ISA names one that this machine cannot run.

@@ -5,6 +5,9 @@
 // clang-format off
 #include "nf4.kernel.h"
 #include "lora_linear.kernel.h"
+#include "varlen_attn_tile.kernel.h"
+#include "varlen_attn.kernel.h"
+#include "varlen_attn_bwd.kernel.h"
 // clang-format on
 
 #define PYFINETUNE_STRINGIFY_(x) #x
@@ -23,6 +26,9 @@ const KernelTable table = {
     small_matmul_4bit,
     row_squares,
     dropout,
+    varlen_attn_scratch,
+    varlen_attn,
+    varlen_attn_bwd,
 };
 
 }  // namespace PYFINETUNE_ISA

@@ -43,7 +43,7 @@ void parallel_dynamic(int64_t n, int64_t grain, int threads, const F& f) {
   if (grains < threads) threads = int(grains);
 #if defined(_OPENMP)
   if (threads > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < grains; ++i) f(omp_get_thread_num(), i * grain, (i + 1) * grain < n ? (i + 1) * grain : n);
     return;
   }

@@ -86,6 +86,8 @@ inline void vfence() {
 #endif
 }
 
+inline void vprefetch(const void* p) { __builtin_prefetch(p); }
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -162,6 +164,29 @@ inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
 // x where word >= threshold, else 0; kLanes words.
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(int(threshold))), x);
+}
+
+// x in the lanes first <= i < last, y in the others; the bounds may lie outside of the vector.
+inline Vec vbetween(Vec x, int first, int last, Vec y) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 reached = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(first));
+  return _mm512_mask_mov_ps(y, _mm512_mask_cmplt_epi32_mask(reached, lane, _mm512_set1_epi32(last)), x);
+}
+// x where a < b, else y.
+inline Vec vwhere_less(Vec a, Vec b, Vec x, Vec y) {
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+}
+
+// Blocks of kStep lanes, the even ones and the odd ones of both: a0 b0 a2 b2 ... and a1 b1 a3 b3 ...
+template <int kStep>
+inline void vcombine(Vec a, Vec b, Vec& even, Vec& odd) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 of_b = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(kStep));
+  const __m512i step = _mm512_set1_epi32(kStep), sixteen = _mm512_set1_epi32(16);
+  const __m512i first = _mm512_mask_add_epi32(lane, of_b, lane, _mm512_sub_epi32(sixteen, step));
+  const __m512i second = _mm512_mask_add_epi32(_mm512_add_epi32(lane, step), of_b, lane, sixteen);
+  even = _mm512_permutex2var_ps(a, first, b);
+  odd = _mm512_permutex2var_ps(a, second, b);
 }
 
 #elif defined(__AVX2__)
@@ -258,6 +283,28 @@ inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) {
   return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, t), w)));
 }
 
+inline Vec vbetween(Vec x, int first, int last, Vec y) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane);
+  const __m256i inside = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lane));
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(inside));
+}
+inline Vec vwhere_less(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+
+template <int kStep>
+inline void vcombine(Vec a, Vec b, Vec& even, Vec& odd) {
+  if constexpr (kStep == 1) {
+    even = _mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa);
+    odd = _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
+  } else if constexpr (kStep == 2) {
+    even = _mm256_shuffle_ps(a, b, 0x44);
+    odd = _mm256_shuffle_ps(a, b, 0xee);
+  } else {
+    even = _mm256_permute2f128_ps(a, b, 0x20);
+    odd = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+
 #else
 
 constexpr int kLanes = 1;
@@ -313,8 +360,54 @@ inline void winterleave(Words a, Words b, Words c, Words d, uint32_t* out) {
   out[3] = uint32_t(d);
 }
 inline Vec vkeep(Vec x, const uint32_t* words, uint32_t threshold) { return *words >= threshold ? x : 0.0f; }
+inline Vec vbetween(Vec x, int first, int last, Vec y) { return first <= 0 && last > 0 ? x : y; }
+inline Vec vwhere_less(Vec a, Vec b, Vec x, Vec y) { return a < b ? x : y; }
+template <int kStep>
+inline void vcombine(Vec a, Vec b, Vec& even, Vec& odd) {
+  even = a;
+  odd = b;
+}
 
 #endif
+
+// Transposes kLanes vectors.
+template <int kStep = 1>
+inline void vtranspose(Vec (&x)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r)
+      if (!(r & kStep)) vcombine<kStep>(x[r], x[r + kStep], x[r], x[r + kStep]);
+    vtranspose<2 * kStep>(x);
+  }
+}
+
+// Lane r is the largest lane, or the sum of the lanes, of x[r]; x is lost.
+template <int kStep = 1>
+inline Vec vmax_each(Vec (&x)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes / kStep / 2; ++r) {
+      Vec even, odd;
+      vcombine<kStep>(x[2 * r], x[2 * r + 1], even, odd);
+      x[r] = vmax(even, odd);
+    }
+    return vmax_each<2 * kStep>(x);
+  }
+  return x[0];
+}
+template <int kStep = 1>
+inline Vec vsum_each(Vec (&x)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes / kStep / 2; ++r) {
+      Vec even, odd;
+      vcombine<kStep>(x[2 * r], x[2 * r + 1], even, odd);
+      x[r] = vadd(even, odd);
+    }
+    return vsum_each<2 * kStep>(x);
+  }
+  return x[0];
+}
 
 }  // namespace
 }  // namespace PYFINETUNE_ISA

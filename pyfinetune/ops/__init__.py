@@ -2,5 +2,6 @@
 
 from pyfinetune.ops.lora_linear import lora_linear
 from pyfinetune.ops.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
+from pyfinetune.ops.varlen_attn import varlen_attn
 
-__all__ = ["Packed4bit", "dequantize_4bit", "lora_linear", "quantize_4bit"]
+__all__ = ["Packed4bit", "dequantize_4bit", "lora_linear", "quantize_4bit", "varlen_attn"]

@@ -2,14 +2,16 @@
 #
 #   make demo        fine-tune a small model with QLoRA on this machine and show before and after
 #   make test        the tests (under 10 minutes on 2 cores)
-#   make test-extra  the slow tests, and the op tests again under every instruction set of this machine
+#   make test-extra  the slow tests, the op tests again under every instruction set of this machine, and test-native
+#   make test-native a million calls of the CPU kernels, without Python, under the address and undefined sanitizers
 #   make lint        ruff, and clang-format over the native sources
 #   make format      rewrite what lint complains about
 #   make bench       our kernels against their peers
 #   make wheel       build dist/*.whl
 #   make clean       remove what was built (clean-venv also removes .venv)
 #
-# PYTHON=python3.12 picks the interpreter, PIP_FLAGS="..." is passed to every pip install, PYTEST_FLAGS="-k nf4" to pytest.
+# PYTHON=python3.12 picks the interpreter, PIP_FLAGS="..." is passed to every pip install, PYTEST_FLAGS="-k nf4" to pytest,
+# FUZZ_FLAGS="--calls 50000000 --seed 2" to the program behind test-native.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -18,14 +20,15 @@ PYTEST_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
-NATIVE := $(shell find csrc -type f -not -name ".*") CMakeLists.txt
+FUZZ_FLAGS ?= --calls 1000000
+NATIVE := $(shell find csrc -type f -not -name ".*") CMakeLists.txt cmake/isa.cmake
 CXX_FILES = $(shell find csrc tests/native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
 OP_TESTS = $(wildcard $(patsubst pyfinetune/ops/%.py,tests/test_%.py,$(wildcard pyfinetune/ops/[a-z]*.py)))
 
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all demo test test-extra lint format bench wheel clean clean-venv
+.PHONY: all demo test test-extra test-native lint format bench wheel clean clean-venv
 all: $(VENV)/.installed
 
 # torch goes first and by its exact version: an unpinned torch may resolve to a build several gigabytes larger.
@@ -50,13 +53,21 @@ test: $(VENV)/.installed
 
 # pytest exits with 5 when nothing was collected, which is not a failure here. The first instruction set is the best
 # one, which `make test` has run.
-test-extra: $(VENV)/.installed
+test-extra: $(VENV)/.installed test-native
 	$(BIN)/pytest -m slow $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 	set -e; for isa in $$($(BIN)/python -c 'from pyfinetune._native import native; print(*native.isas()[1:])'); do \
 	  [ -n "$(OP_TESTS)" ] || break; \
 	  echo "op tests with PYFINETUNE_CPU_ISA=$$isa"; \
 	  PYFINETUNE_CPU_ISA=$$isa $(BIN)/pytest $(OP_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]; \
 	done
+
+# OpenMP's threads would spin while they wait, on cores that others could use.
+test-native: export OMP_WAIT_POLICY := passive
+test-native: $(VENV)/.tools
+	cmake -S tests/native -B build/native -G Ninja
+	cmake --build build/native
+	build/native/fuzz_kernels --self-test
+	build/native/fuzz_kernels $(FUZZ_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

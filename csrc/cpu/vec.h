@@ -362,7 +362,8 @@ inline float vhmax(Vec a) { return a; }
 // Adding 1.5 * 2^23 leaves no room for a fraction, so the hardware rounds it away; |x| < 2^22.
 inline Vec vround(Vec x) { return (x + 12582912.0f) - 12582912.0f; }
 inline Vec vscale2(Vec x, Vec n) {
-  if (n != n) return n;
+  // Masked scores may lie anywhere; what becomes of them does not matter, but there may be no int for them.
+  if (!(n > -253.0f && n < 255.0f)) return n < 0.0f ? x * 0.0f : x * n * __builtin_inff();
   const int32_t exponent = int32_t(n), half = exponent >> 1;
   return x * bits_float(uint32_t(half + 127) << 23) * bits_float(uint32_t(exponent - half + 127) << 23);
 }

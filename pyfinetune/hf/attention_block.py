@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyfinetune.hf.attention import NAME
 from pyfinetune.hf.changes import ClassSwap
+from pyfinetune.hf.groups import shared_input
 from pyfinetune.hf.probe import Candidate, Proof, Widened, compare, run_with_grads, twin_of
 from pyfinetune.ops import rope
 from pyfinetune.ops._checks import FLOATS
@@ -70,7 +71,7 @@ class FastAttention:
             fused = self.qkv_proj(x)
             states = list(fused.split([fused.shape[-1] - 2 * kv, kv, kv], dim=-1))
         else:
-            states = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+            states = shared_input((self.q_proj, self.k_proj, self.v_proj), x)
         norms = (getattr(self, "q_norm", None), getattr(self, "k_norm", None), None)
         for i, norm in enumerate(norms):
             wide = norm is not None and norm.weight.shape[0] != self.head_dim  # over all heads

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyfinetune.hf.changes import ClassSwap
+from pyfinetune.hf.groups import shared_input
 from pyfinetune.hf.probe import Candidate, Proof, Widened, compare, has_hooks, run_with_grads, twin_of, why_fixed
 from pyfinetune.ops import geglu, swiglu
 from pyfinetune.ops._checks import FLOATS
@@ -47,7 +48,7 @@ class FastGatedMLP:
     def _gate_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if hasattr(self, "gate_up_proj"):
             return self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.gate_proj(x), self.up_proj(x)
+        return shared_input((self.gate_proj, self.up_proj), x)
 
 
 @functools.cache

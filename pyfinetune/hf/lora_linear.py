@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pyfinetune.hf.changes import ClassSwap
 from pyfinetune.hf.peft_lora import LoraLinear4bit
 from pyfinetune.hf.probe import Candidate, Proof, compare, has_hooks, run_with_grads, twin_of, why_fixed
 from pyfinetune.linear4bit import Linear4bit
-from pyfinetune.ops import Packed4bit, dequantize_4bit, lora_linear
+from pyfinetune.ops import Packed4bit, dequantize_4bit, lora_linear, lora_linear_group
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
 
@@ -40,27 +40,26 @@ class FastLora:
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = None if args or kwargs else _only_active(self)
-        if name is None or x.dtype not in FLOATS or adapter_why_not(self, name) or _hooked(self, name):
+        call = None if args or kwargs else self.call(x)
+        if call is None:
             return super().forward(x, *args, **kwargs)
+        return self._result(lora_linear(x, *call), x)
+
+    def call(self, x: torch.Tensor) -> tuple | None:
+        """What `lora_linear` is called with behind x; None where PEFT's own forward has to run."""
+        name = _only_active(self)
+        if name is None or x.dtype not in FLOATS or adapter_why_not(self, name) or _hooked(self, name):
+            return None
         base = self.base_layer
         weight = self.base_weight(base, x)
         if weight is None:
-            return super().forward(x, *args, **kwargs)
+            return None
         dropout, variant = self.lora_dropout[name], self.lora_variant.get(name)
         active = isinstance(dropout, nn.Dropout) and dropout.training and (variant is None or self.training)
-        y = lora_linear(
-            x,
-            weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-            base.bias,
-            # With no seed given the op draws one from torch's generator, once: checkpointing replays it.
-            dropout_p=dropout.p if active else 0.0,
-            magnitude=None if variant is None else self.lora_magnitude_vector[name].weight,
-        )
-        return self._result(y, x)
+        adapter = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        magnitude = None if variant is None else self.lora_magnitude_vector[name].weight
+        # With no seed given the op draws one from torch's generator, once: checkpointing replays it.
+        return weight, *adapter, base.bias, dropout.p if active else 0.0, None, magnitude
 
     def _result(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y
@@ -89,6 +88,19 @@ class FastLora:
     def base_why_not(base: nn.Module) -> str | None:
         """The reason why the op cannot take this base at all, or None."""
         return None
+
+
+def shared_input(modules: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of several layers of one input: one op where all of them run on ours, else one after the other."""
+    # Called past the module's own call, hooks on it would not be heard.
+    calls = [m.call(x) if isinstance(m, FastLora) and not has_hooks(m) else None for m in modules]
+    if any(call is None for call in calls):
+        return [module(x) for module in modules]
+    weights, lora_as, lora_bs, scalings, biases, dropout_ps, seeds, magnitudes = (
+        list(part) for part in zip(*calls, strict=True)
+    )
+    ys = lora_linear_group(x, weights, lora_as, lora_bs, scalings, biases, dropout_ps, seeds, magnitudes)
+    return [module._result(y, x) for module, y in zip(modules, ys, strict=True)]
 
 
 class FastLinear(FastLora, PeftLinear):

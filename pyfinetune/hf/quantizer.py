@@ -1,7 +1,7 @@
 """`Config4bit`, transformers' way to load a model into `Linear4bit`: the configuration, and the quantizers behind it.
 
-Layers are found on the model's skeleton, before it has weights. transformers then brings the weights one by one; each is
-quantized as it comes, and its layer changes class. A bitsandbytes checkpoint takes the same way, without quantizing.
+Layers are found on the model's skeleton, before it has weights. transformers then brings the weights one by one; each
+is quantized as it comes, and its layer changes class. A bitsandbytes checkpoint takes the same way, without quantizing.
 """
 
 from __future__ import annotations

@@ -368,10 +368,10 @@ def test_files_that_are_not_there(tmp_path, llama):
     with pytest.raises(UserError, match=r"folder without config\.json"):
         pf.load_4bit(tmp_path)
     (tmp_path / "config.json").write_text(Path(llama, "config.json").read_text())
-    with pytest.raises(UserError, match="cannot be loaded: .*safetensors"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*safetensors"):
         pf.load_4bit(tmp_path)
     torch.save(base_model().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded: .*safetensors"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*safetensors"):
         pf.load_4bit(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{broken")
     with pytest.raises(UserError, match="cannot be loaded"):

@@ -71,7 +71,7 @@ def _merge_layer(layer: LoraLinear4bit, dtype: torch.dtype | None) -> None:
     """Put the active adapters of a layer into its base, which becomes dense; PEFT then finds them merged."""
     base = layer.get_base_layer()
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    weight, bias = layer._merged(base.packed, base.bias, names)
+    weight, bias = layer.merged_weight(base.packed, base.bias, names)
     set_dense(base, weight.to(dtype or base.dtype_of_weight), bias)
     base.requires_grad_(False)
     layer.merged_adapters = names

@@ -62,7 +62,7 @@ class LoraLinear4bit(PeftLinear):
         packed, bias = self._base_before_merge or (base.packed, base.bias)
         # Always from the base as it was, all adapters in one rounding: merging one by one would round each time.
         names = [*self.merged_adapters, *wanted]
-        weight, new_bias = self._merged(packed, bias, names)
+        weight, new_bias = self.merged_weight(packed, bias, names)
         if safe_merge and not (torch.isfinite(weight).all() and (new_bias is None or torch.isfinite(new_bias).all())):
             raise InvalidInput(f"NaNs detected in the merged weights. The adapter {wanted[-1]} seems to be broken")
         warnings.warn("Merging into a 4-bit weight rounds it again: outputs change slightly", stacklevel=2)
@@ -86,10 +86,10 @@ class LoraLinear4bit(PeftLinear):
         self._base_before_merge = None
         self.merged_adapters = []
 
-    def _merged(
+    def merged_weight(
         self, packed: Packed4bit, bias: torch.Tensor | None, names: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """float32 [out, in] weight and [out] bias of the base with adapters applied in turn, as `forward` does."""
+        """float32 [out, in] weight and [out] bias of a base with adapters applied in turn, as `forward` does."""
         base = dequantize_4bit(packed, torch.float32)
         weight, bias = base, None if bias is None else bias.detach().float()
         for name in names:

@@ -117,9 +117,10 @@ def load_model(
                 fix="give the model it was made from; method: qlora quantizes it while loading",
             )
         chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=chosen, use_safetensors=True, **_attention(attn_implementation)
-        )
+        options = _attention(attn_implementation)
+        if method == "qlora":
+            options["quantization_config"] = pf.Config4bit()
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
     except PyfinetuneError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -128,8 +129,6 @@ def load_model(
             f"{where} cannot be loaded: {reason}",
             fix="give a causal language model's name on the hub, or its folder with config.json and .safetensors files",
         ) from error
-    if method == "qlora":
-        pf.quantize(model)  # before the move: the full weights may not fit where the 4-bit ones do
     model.config.use_cache = False
     return model.to(device)
 
@@ -206,5 +205,5 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in linears})
 
 
-def _attention(name: str | None) -> dict[str, str]:
+def _attention(name: str | None) -> dict[str, Any]:
     return {} if name is None else {"attn_implementation": name}

@@ -9,6 +9,29 @@ namespace PYFINETUNE_ISA {
 namespace {
 namespace thin {
 
+// b G b^T + the cross term of one row, in double: the terms cancel when an adapter points against its weight.
+inline double low_rank_square(const DoraNorms& p, int64_t row) {
+  constexpr int kBlock = 16;  // sums side by side, so that no chain of additions is waited for
+  const float *b = p.b + row * p.r, *cross = p.cross + row * p.r;
+  double total = 0.0;
+  for (int64_t j = 0; j < p.r; j += kBlock) {
+    const int count = int(min64(kBlock, p.r - j));
+    double bg[kBlock] = {};
+    for (int64_t i = 0; i < p.r; ++i) {
+      const double bi = b[i];
+      const float* gram = p.gram + i * p.r + j;
+      if (count == kBlock) {
+        for (int c = 0; c < kBlock; ++c) bg[c] += bi * double(gram[c]);
+      } else {
+        for (int c = 0; c < count; ++c) bg[c] += bi * double(gram[c]);
+      }
+    }
+    for (int c = 0; c < count; ++c)
+      total += double(b[j + c]) * (2.0 * p.scaling * double(cross[j + c]) + p.scaling * p.scaling * bg[c]);
+  }
+  return total;
+}
+
 template <class T>
 inline float row_square(const T* row, int64_t cols) {
   Vec sum0 = vzero(), sum1 = vzero();  // two chains hide the latency of the multiply-add
@@ -22,6 +45,21 @@ inline float row_square(const T* row, int64_t cols) {
   for (; k < cols; ++k) total += to_float(row[k]) * to_float(row[k]);
   return total;
 }
+
+#if defined(__AVX512BF16__)
+inline float row_square(const bf16* row, int64_t cols) {
+  Vec sum0 = vzero(), sum1 = vzero();
+  int64_t k = 0;
+  for (; k + 64 <= cols; k += 64) {
+    const __m512bh x0 = right_unit(row + k), x1 = right_unit(row + k + 32);
+    sum0 = multiply_add(x0, x0, sum0);
+    sum1 = multiply_add(x1, x1, sum1);
+  }
+  float total = vsum(vadd(sum0, sum1));
+  for (; k < cols; ++k) total += to_float(row[k]) * to_float(row[k]);
+  return total;
+}
+#endif
 
 template <int NV>
 struct CrossDone {
@@ -49,15 +87,7 @@ void norms_of(const DoraNorms& p, int threads) {
         const int64_t stop = min64(end, chunk + kRowGrain);
         multiply_rows<T, NV>({w, p.w_stride, p.k, nullptr}, packed, strips, chunk, stop, CrossDone<NV>{p});
         for (int64_t row = chunk; row < stop; ++row) {
-          const float *b = p.b + row * p.r, *cross = p.cross + row * p.r;
-          // In double: these terms cancel when an adapter points against its weight.
-          double update = 0.0;
-          for (int64_t j = 0; j < p.r; ++j) {
-            double bg = 0.0;
-            for (int64_t i = 0; i < p.r; ++i) bg += double(b[i]) * double(p.gram[j * p.r + i]);
-            update += double(b[j]) * (2.0 * p.scaling * double(cross[j]) + p.scaling * p.scaling * bg);
-          }
-          const double square = double(row_square(w + row * p.w_stride, p.k)) + update;
+          const double square = double(row_square(w + row * p.w_stride, p.k)) + low_rank_square(p, row);
           p.norms[row] = float(__builtin_sqrt(square > 0.0 || square != square ? square : 0.0));
         }
       }

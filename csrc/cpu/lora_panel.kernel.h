@@ -235,9 +235,10 @@ inline void multiply(const P* left, int64_t row_stride, int64_t step_stride, con
     for (int v = 0; v < NV; ++v) take(m, v, sum[m][v]);
 }
 
-// sums[MB][NV * kLanes] += the product.
+// sums[MB][NV * kLanes] += the product. One copy of each: it is called for hundreds of multiplications.
 template <int MB, int NV, class P>
-void tile(const P* left, int64_t row_stride, int64_t step_stride, const P* right, int64_t steps, float* sums) {
+__attribute__((noinline)) void tile(const P* left, int64_t row_stride, int64_t step_stride, const P* right,
+                                    int64_t steps, float* sums) {
   multiply<MB, NV>(left, row_stride, step_stride, right, steps, [&](int m, int v, Vec sum) {
     float* out = sums + (m * NV + v) * kLanes;
     vstore(out, vadd(vload(out), sum));

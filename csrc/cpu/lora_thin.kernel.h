@@ -63,39 +63,35 @@ void down(const ThinDown& p, int threads) {
 // y = (base - add) + factor * (add + u) + bias, where `add` is what the update u = scale * sum joins. Without a factor
 // y = add + u.
 template <class T>
-inline void finish_up(const ThinUp& p, int64_t row, int64_t c, int n, Vec sum_of_row) {
+inline void finish_up(const ThinUp& p, int64_t row, int64_t c, int n, Vec sum) {
   const Vec inner = load_some(static_cast<const T*>(p.add) + row * p.add_stride + c, n);
-  const Vec z = vfma(vset(p.scale), sum_of_row, inner);
+  if (p.mask) sum = vselect(sum, mask_bits(p.mask, row * p.n + c));
+  const Vec z = vfma(vset(p.scale), sum, inner);
   T* y = static_cast<T*>(p.y) + row * p.y_stride + c;
   if (!p.factor) return put_some(y, z, n);
   if (p.z) put_some(static_cast<T*>(p.z) + row * p.z_stride + c, z, n);
-  Vec sum = vmul(load_some(p.factor + c, n), z);
-  if (p.base) sum = vadd(sum, vsub(load_some(static_cast<const T*>(p.base) + row * p.base_stride + c, n), inner));
-  if (p.bias) sum = vadd(sum, load_some(static_cast<const T*>(p.bias) + c, n));
-  put_some(y, sum, n);
+  Vec result = vmul(load_some(p.factor + c, n), z);
+  if (p.base) result = vadd(result, vsub(load_some(static_cast<const T*>(p.base) + row * p.base_stride + c, n), inner));
+  if (p.bias) result = vadd(result, load_some(static_cast<const T*>(p.bias) + c, n));
+  put_some(y, result, n);
 }
 
 template <class T, int NV>
 struct UpDone {
   static constexpr bool kDirect = true;
   const ThinUp& p;
-  bool direct(int64_t end) const { return end <= p.n && !p.mask && !p.factor; }
-  auto taker(int64_t row, int64_t c) const {
-    // By value: what a store to y might change would be loaded anew after each.
-    const T* add = static_cast<const T*>(p.add) + row * p.add_stride + c;
-    T* y = static_cast<T*>(p.y) + row * p.y_stride + c;
-    return [add, y, add_stride = p.add_stride, y_stride = p.y_stride, scale = vset(p.scale)](int m, int v, Vec sum) {
-      put(y + m * y_stride + v * kLanes, vfma(scale, sum, vload(add + m * add_stride + v * kLanes)));
-    };
+  bool direct(int64_t end) const { return end <= p.n; }
+  auto taker(int64_t row, int64_t column) const {
+    // A copy: what a store to y might change would be loaded anew after each.
+    return
+        [own = p, row, column](int m, int v, Vec sum) { finish_up<T>(own, row + m, column + v * kLanes, kLanes, sum); };
   }
   void block(int64_t row, int rows, int64_t column, const float* sums) const {
     for (int m = 0; m < rows; ++m)
       for (int v = 0; v < NV; ++v) {
         const int64_t c = column + v * kLanes;
         if (c >= p.n) break;
-        Vec u = vload(sums + (m * NV + v) * kLanes);
-        if (p.mask) u = vselect(u, mask_bits(p.mask, (row + m) * p.n + c));
-        finish_up<T>(p, row + m, c, int(min64(kLanes, p.n - c)), u);
+        finish_up<T>(p, row + m, c, int(min64(kLanes, p.n - c)), vload(sums + (m * NV + v) * kLanes));
       }
   }
 };

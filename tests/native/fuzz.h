@@ -118,6 +118,11 @@ constexpr double kAnything = std::numeric_limits<double>::infinity();
 // Whether x is what rounding something within the error of the value to the dtype can give.
 bool allowed(DType dtype, double x, const Expected& expected);
 
+constexpr double kUnit = 0x1p-24;   // a float32 operation is off by at most this share of its result
+constexpr double kTiny = 0x1p-126;  // or, where it flushes subnormals to zero, by this
+// vec_math.h promises about one unit in the last place, which is twice kUnit; this leaves it another one.
+constexpr double kMathUnit = 4 * kUnit;
+
 // A sum of products in float32, in any order and with or without fused multiply-adds. A term takes part in at most
 // `terms` additions and three further roundings, each off by a factor of at most 1 + u, u = 2^-24; so the result is off
 // by no more than (terms + 3) u / (1 - (terms + 3) u) times the sum of the terms' magnitudes. Below the normal numbers
@@ -127,20 +132,24 @@ class Sum {
  public:
   // With `flushes`, subnormal operands and results may count as zero, as the bf16 dot product instructions have it.
   explicit Sum(bool flushes = false) : flushes_(flushes) {}
-  void add(double a, double b = 1.0) {
+  // The term a b, which was off by `error` before it was added.
+  void add(double a, double b = 1.0, double error = 0.0) {
     const double term = a * b;
     value_ += term;
     if (std::isfinite(term)) magnitude_ += std::fabs(term);
     ++terms_;
     if (flushes_ && (is_subnormal(a) || is_subnormal(b))) flushed_ += std::fabs(term);
+    errors_ += error;
   }
+  // Each term goes through as many roundings more.
+  void add_roundings(int64_t count) { roundings_ += count; }
   Expected expected() const;
 
  private:
-  static bool is_subnormal(double x) { return x != 0.0 && std::fabs(x) < 0x1p-126; }
+  static bool is_subnormal(double x) { return x != 0.0 && std::fabs(x) < kTiny; }
   bool flushes_;
-  int64_t terms_ = 0;
-  double value_ = 0.0, magnitude_ = 0.0, flushed_ = 0.0;
+  int64_t terms_ = 0, roundings_ = 3;
+  double value_ = 0.0, magnitude_ = 0.0, flushed_ = 0.0, errors_ = 0.0;
 };
 
 // A matrix that the kernels write: `cols` elements in each of `rows` rows `stride` elements apart. What lies between
@@ -200,7 +209,7 @@ struct Op {
   std::vector<Fault> faults;
 };
 
-extern const Op kNf4, kLoraLinear;
+extern const Op kNf4, kLoraLinear, kVarlenAttn;
 
 // What is being run, for whoever prints a report.
 struct Position {

@@ -59,6 +59,17 @@ struct Arena {
 UNCHECKED static void put_pattern(char* begin, char* end) {
   for (volatile char* p = begin; p < end; ++p) *p = char(Arena::kPattern);
 }
+// What a kernel forgets to write is never the same twice.
+UNCHECKED static void put_garbage(char* p, char* end, uint64_t state) {
+  for (; p < end; p += 8) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    const uint64_t garbage = state ^ (state >> 31);
+    if (end - p >= 8)
+      __builtin_memcpy(p, &garbage, 8);
+    else
+      __builtin_memcpy(p, &garbage, size_t(end - p));
+  }
+}
 UNCHECKED static bool has_pattern(const char* begin, const char* end) {
   for (; begin < end; ++begin)
     if (static_cast<unsigned char>(*begin) != Arena::kPattern) return false;
@@ -101,11 +112,7 @@ Buffer::Buffer(Random& random, int64_t bytes, int64_t align) {
   put_pattern(low, begin_);
   put_pattern(end_, high);
   ASAN_UNPOISON_MEMORY_REGION(begin_, bytes);
-  // What a kernel forgets to write is never the same twice.
-  for (char* p = begin_; p < end_; p += 8) {
-    const uint64_t garbage = random.bits();
-    std::memcpy(p, &garbage, size_t(std::min<int64_t>(8, end_ - p)));
-  }
+  put_garbage(begin_, end_, random.bits());
 }
 
 Buffer::Buffer(Random& random, DType dtype, int64_t count, Values values)

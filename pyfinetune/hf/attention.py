@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from pyfinetune.errors import InvalidInput
 from pyfinetune.hf.documents import Documents, documents_of
@@ -23,6 +24,8 @@ from pyfinetune.hf.probe import Candidate, Proof, Widened, compare, run_with_gra
 from pyfinetune.ops import varlen_attn
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
+
+_logger = logging.get_logger(__name__)
 
 KIND = "attention"
 NAME = "pyfinetune"
@@ -55,6 +58,8 @@ def attention(
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
     if asked:
         raise InvalidInput(f"attention: {', '.join(asked)} is not supported; set_attn_implementation('eager')")
+    if others.get("output_attentions") and not torch.compiler.is_compiling():
+        _logger.warning_once("pyfinetune's attention has no weights to give; set_attn_implementation('eager') for them")
     batch, heads, q_length, _ = query.shape
     k_length, window = key.shape[2], (-1, -1)
     if sliding_window is not None:
@@ -186,6 +191,8 @@ def _why_not(model: PreTrainedModel) -> str | None:
         return f"attn_implementation={current!r} was chosen"
     if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
         return "no kernel for attention sinks"
+    if model.device.type == "meta":
+        return "it is on the meta device"
     if model.dtype not in FLOATS:
         return f"the model is {model.dtype}"
     return None

@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyfinetune.hf.attention import NAME
 from pyfinetune.hf.changes import ClassSwap
+from pyfinetune.hf.fast_class import Fast, fast_class
 from pyfinetune.hf.groups import shared_input
-from pyfinetune.hf.probe import Candidate, Proof, Widened, compare, run_with_grads, twin_of
+from pyfinetune.hf.probe import Candidate, Proof, Widened, attempt, compare, run_with_grads, twin_of, why_own_forward
 from pyfinetune.ops import rope
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
@@ -30,11 +31,11 @@ _PROBE = f"{NAME}_probe"
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
 
 
-class FastAttention:
+class FastAttention(Fast):
     """The forward that the swapped classes share; what is set on the class made for each original says the rest."""
 
     rotates: bool
-    options: dict[str, Any]  # what the original passes to the attention beside its arguments
+    options: tuple[tuple[str, Any], ...]  # what the original passes to the attention beside its arguments
 
     def forward(
         self,
@@ -60,7 +61,7 @@ class FastAttention:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS[name]
-        options = {"dropout": dropout, **self.options, **kwargs}
+        options = {"dropout": dropout, **dict(self.options), **kwargs}
         out, weights = attend(self, query, key, value, attention_mask, **options)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
@@ -113,35 +114,24 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
             yield Candidate(KIND, name, module, None, reason, None, None)
             continue
         trial = _Trial(module, names)
-        try:
-            options = trial.options()
-        except Exception as error:  # whatever it is, the block stays as it is and the report says so
-            reason = f"it could not be tried: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        options, reason = attempt(trial.options)
+        if reason is not None:
             yield Candidate(KIND, name, module, None, reason, None, None)
             continue
-        fast = _fast_class(type(module), bool(getattr(module, "use_rope", True)), tuple(sorted(options.items())))
+        rotates = bool(getattr(module, "use_rope", True))
+        fast = fast_class(FastAttention, type(module), rotates=rotates, options=tuple(sorted(options.items())))
         signature = (fast, trial.heads, trial.kv_heads, module.head_dim, trial.rotary_dim, trial.dtype)
         yield Candidate(
             KIND, name, module, ClassSwap(module, fast), None, signature, functools.partial(trial.prove, fast)
         )
 
 
-@functools.cache
-def _fast_class(original: type, rotates: bool, options: tuple) -> type:
-    return type(
-        f"Fast{original.__name__}",
-        (FastAttention, original),
-        {"original": original, "rotates": rotates, "options": dict(options)},
-    )
-
-
 def _why_not(module: nn.Module, names: tuple[str, ...]) -> str | None:
     if isinstance(module, FastAttention):
         return "already patched"
-    if "forward" in module.__dict__:
-        return "it has a forward of its own (instance attribute)"
-    if hasattr(module, "_hf_hook"):
-        return "it is dispatched by accelerate (_hf_hook)"
+    own = why_own_forward(module)
+    if own is not None:
+        return own
     if any(parameter.is_meta for parameter in module.parameters()):
         return "it is on the meta device"
     extra = sorted(name for name, _ in module.named_children() if name not in {*names, "q_norm", "k_norm"})

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from pyfinetune.hf.probe import Candidate, Proof, compare, run_with_grads, why_fixed
+from pyfinetune.errors import InvalidInput
+from pyfinetune.hf.probe import Candidate, Proof, compare, has_hooks, run_with_grads, why_fixed, why_own_forward
 from pyfinetune.ops import linear_cross_entropy
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
@@ -31,40 +32,84 @@ KIND = "causal LM loss"
 
 
 class LazyLogits(torch.Tensor):
-    """hidden W^T + bias, computed when an operator first asks for its values; autograd sees an ordinary result."""
+    """hidden W^T + bias, computed when somebody first asks for the values; autograd sees an ordinary result.
+
+    Args:
+        hidden, weight, bias: what it is made from, with their graph.
+        dtype: of the result.
+        computed: holds the values once they are there; shared by what would share memory.
+    """
 
     @staticmethod
-    def __new__(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+    def __new__(cls, hidden, weight, bias, dtype, computed=None):
+        """A tensor without memory."""
         shape = (*hidden.shape[:-1], weight.shape[0])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        computed: list[torch.Tensor] | None = None,
+    ):
         self.parts = (hidden, weight, bias)
-        self.computed: torch.Tensor | None = None
+        self._computed: list[torch.Tensor] = [] if computed is None else computed
+
+    @property
+    def computed(self) -> torch.Tensor | None:
+        """The values, if anybody has asked for them."""
+        return self._computed[0] if self._computed else None
 
     def values(self) -> torch.Tensor:
         """The logits, without a graph."""
-        if self.computed is None:
-            with torch.no_grad():
-                self.computed = nn.functional.linear(*(None if p is None else p.detach() for p in self.parts)).to(
-                    self.dtype
-                )
-        return self.computed
-
-    def __repr__(self, *, tensor_contents=None) -> str:
-        return f"LazyLogits({list(self.shape)}, {self.dtype})"
+        if not self._computed:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._computed.append(nn.functional.linear(*_detached(_alive(self.parts))).to(self.dtype))
+        return self._computed[0]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Compute the values and go on with them; a cast and a detach need none."""
         kwargs = kwargs or {}
         lazy = args[0] if args else None
-        if func is torch.ops.aten.detach.default:
-            return cls(*lazy.parts, lazy.dtype)
-        if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"} and kwargs["dtype"].is_floating_point:
-            return cls(*lazy.parts, kwargs["dtype"])
+        if isinstance(lazy, cls) and lazy.computed is None:
+            if func is torch.ops.aten.detach.default:
+                return cls(*_detached(lazy.parts), lazy.dtype, lazy._computed)
+            if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"} and kwargs["dtype"] in FLOATS:
+                return cls(*lazy.parts, kwargs["dtype"])
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _of_values(name: str) -> Callable:
+    method = getattr(torch.Tensor, name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        return method(self.values(), *args, **kwargs)
+
+    return call
+
+
+# What reads a tensor without an operator.
+for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "__repr__", "__deepcopy__", "__reduce_ex__"):
+    setattr(LazyLogits, _name, _of_values(_name))
+
+
+def _detached(parts: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if part is None else part.detach() for part in parts)
+
+
+def _alive(parts: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    weight = parts[1]
+    if weight.numel() and not weight.untyped_storage().size():
+        raise InvalidInput(
+            "causal_lm_loss: the head's weight was freed after its forward, as by FSDP around the head alone; leave "
+            "this kind out: patch(model, kinds=...)"
+        )
+    return parts
 
 
 class _Head(torch.autograd.Function):
@@ -124,10 +169,14 @@ class FastHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The logits, or the promise of them."""
-        same = x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        if not self.loss_call.has_labels or not same or torch.compiler.is_compiling():
+        # Whoever listens expects values, and FSDP and the like, who hook in here, free the weight afterwards.
+        if not self.loss_call.has_labels or torch.compiler.is_compiling() or has_hooks(self):
             return super().forward(x)
-        return lazy_logits(x, self.weight, self.bias)
+        parts = (x, self.weight, self.bias)
+        if torch.is_autocast_enabled(x.device.type) and {x.dtype, self.weight.dtype} <= set(FLOATS):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            parts = tuple(None if part is None else part.to(dtype) for part in parts)
+        return lazy_logits(*parts) if parts[0].dtype == parts[1].dtype else super().forward(x)
 
 
 def fast_loss(
@@ -142,7 +191,8 @@ def fast_loss(
     """`ForCausalLMLoss`, from what the logits would be made of where they are not made yet."""
     if not isinstance(logits, LazyLogits) or logits.computed is not None or logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-    hidden, weight, bias = logits.parts
+    # Without a graph where the logits have none: they were detached, or cast under no_grad.
+    hidden, weight, bias = _alive(logits.parts if logits.requires_grad else _detached(logits.parts))
     targets = labels if shift_labels is None else shift_labels.reshape(hidden.shape[:-1])
     return linear_cross_entropy(
         hidden,
@@ -233,9 +283,17 @@ def _why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
         return f"its head is {head.weight.dtype}"
     if model.loss_function is not ForCausalLMLoss:
         return "it has a loss function of its own"
-    if "forward" in model.__dict__:
-        return "it has a forward of its own (instance attribute), such as TRL's own head"
+    if not _only_casts(model):
+        own = why_own_forward(model)
+        if own is not None:
+            return f"{own}, such as TRL's own head" if "forward" in own else own
     return why_fixed(head)
+
+
+def _only_casts(model: PreTrainedModel) -> bool:
+    """Whether the model's own forward is accelerate's mixed precision around that of the class."""
+    inner = model.__dict__.get("_original_forward")
+    return getattr(inner, "__func__", None) is type(model).forward
 
 
 def _prove(head: nn.Linear) -> tuple[Proof, str]:

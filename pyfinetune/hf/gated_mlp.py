@@ -12,8 +12,20 @@ import torch
 from torch import nn
 
 from pyfinetune.hf.changes import ClassSwap
+from pyfinetune.hf.fast_class import Fast, fast_class
 from pyfinetune.hf.groups import shared_input
-from pyfinetune.hf.probe import Candidate, Proof, Widened, compare, has_hooks, run_with_grads, twin_of, why_fixed
+from pyfinetune.hf.probe import (
+    Candidate,
+    Proof,
+    Widened,
+    attempt,
+    compare,
+    has_hooks,
+    run_with_grads,
+    twin_of,
+    why_fixed,
+    why_own_forward,
+)
 from pyfinetune.ops import geglu, swiglu
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
@@ -31,7 +43,7 @@ _GATES = {
 _EXPLAINED = {"silu": ("swiglu", {}), "gelu_tanh": ("geglu", {}), "gelu": ("geglu", {"approximate": "none"})}
 
 
-class FastGatedMLP:
+class FastGatedMLP(Fast):
     """The forward that the swapped classes share; what is set on the class made for each original says the rest."""
 
     activation_name: str
@@ -49,12 +61,6 @@ class FastGatedMLP:
         if hasattr(self, "gate_up_proj"):
             return self.gate_up_proj(x).chunk(2, dim=-1)
         return shared_input((self.gate_proj, self.up_proj), x)
-
-
-@functools.cache
-def _fast_class(original: type, activation_name: str, gate: str) -> type:
-    members = {"original": original, "activation_name": activation_name, "gate": gate}
-    return type(f"Fast{original.__name__}", (FastGatedMLP, original), members)
 
 
 def _projections(module: nn.Module) -> tuple[str, ...] | None:
@@ -81,12 +87,12 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         if projections is None or activation_name is None:
             continue
         activation = getattr(module, activation_name)
-        gate = None if isinstance(module, FastGatedMLP) else _gate_of(activation)
+        gate, _ = attempt(functools.partial(_gate_of, activation))
         reason = _why_not(module, projections, activation, gate)
         if reason is not None:
             yield Candidate(KIND, name, module, None, reason, None, None)
             continue
-        fast = _fast_class(type(module), activation_name, gate)
+        fast = fast_class(FastGatedMLP, type(module), activation_name=activation_name, gate=gate)
         dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), torch.float32)
         prove = functools.partial(_prove, module, fast, projections, dtype)
         yield Candidate(KIND, name, module, ClassSwap(module, fast), None, (fast, projections, dtype), prove)
@@ -97,10 +103,9 @@ def _why_not(module: nn.Module, projections: tuple[str, ...], activation: Callab
         return "already patched"
     if gate is None:
         return f"no kernel for the activation {getattr(activation, '__name__', type(activation).__name__)}"
-    if "forward" in module.__dict__:
-        return "it has a forward of its own (instance attribute)"
-    if hasattr(module, "_hf_hook"):
-        return "it is dispatched by accelerate (_hf_hook)"
+    own = why_own_forward(module)
+    if own is not None:
+        return own
     others = {name for name, _ in module.named_children()} - {*projections}
     extra = sorted(name for name in others if getattr(module, name) is not activation)
     if extra:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,14 +63,22 @@ def has_hooks(module: nn.Module) -> bool:
     return any(module.__dict__[hooks] for hooks in HOOKS)
 
 
+def why_own_forward(module: nn.Module, it: str = "it") -> str | None:
+    """The reason why a class's forward would not be what a call of this module runs, or None."""
+    if hasattr(module, "_hf_hook"):
+        return f"{it} is dispatched by accelerate (_hf_hook)"
+    if "forward" in module.__dict__:
+        return f"{it} has a forward of its own (instance attribute)"
+    return None
+
+
 def why_fixed(module: nn.Module) -> str | None:
     """The reason why a module cannot take another class, or its children be run past, whatever it computes; or None."""
     for name, child in module.named_modules():
         where = f"its {name}" if name else "it"
-        if hasattr(child, "_hf_hook"):
-            return f"{where} is dispatched by accelerate (_hf_hook)"
-        if "forward" in child.__dict__:
-            return f"{where} has a forward of its own (instance attribute)"
+        own = why_own_forward(child, where)
+        if own is not None:
+            return own
         if name and has_hooks(child):
             return f"{where} has hooks, which the op would run past"
         if hasattr(child, "parametrizations"):
@@ -77,6 +86,8 @@ def why_fixed(module: nn.Module) -> str | None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             return f"{name} is on the meta device"
+        if hasattr(tensor, "device_mesh"):
+            return f"{name} is sharded already (DTensor); patch before"
     return None
 
 
@@ -88,6 +99,14 @@ def twin_of(module: nn.Module) -> nn.Module:
     )
     twin.__dict__.update({key: value for key, value in nn.Module().__dict__.items() if key.endswith("_hooks")})
     return twin
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What a call gives that runs somebody's module on made-up inputs, or the reason why it gave nothing."""
+    try:
+        return call(), None
+    except Exception as error:  # whatever it is, the module stays as it is and the report says so
+        return None, f"it could not be tried: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class Widened(TorchFunctionMode):

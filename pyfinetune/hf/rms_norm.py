@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pyfinetune.hf.changes import ClassSwap
-from pyfinetune.hf.probe import Candidate, Proof, Widened, compare, run_with_grads, twin_of, why_fixed
+from pyfinetune.hf.fast_class import Fast, fast_class
+from pyfinetune.hf.probe import Candidate, Proof, Widened, attempt, compare, run_with_grads, twin_of, why_fixed
 from pyfinetune.ops import rms_norm
 from pyfinetune.ops._checks import FLOATS
 from pyfinetune.ops._op import explain
@@ -18,7 +19,7 @@ KIND = "RMSNorm"
 _EPS = ("variance_epsilon", "eps")
 
 
-class FastRMSNorm:
+class FastRMSNorm(Fast):
     """The forward that the swapped classes share; the class made for each original says what is added to the weight."""
 
     offset: float
@@ -28,15 +29,6 @@ class FastRMSNorm:
         if args or kwargs or x.dtype != self.weight.dtype:  # some promote, some cast: that stays the original's
             return super().forward(x, *args, **kwargs)
         return rms_norm(x, self.weight, getattr(self, self.eps_name), offset=self.offset)
-
-
-@functools.cache
-def _fast_class(original: type, eps_name: str, offset: float) -> type:
-    return type(
-        f"Fast{original.__name__}",
-        (FastRMSNorm, original),
-        {"original": original, "eps_name": eps_name, "offset": offset},
-    )
 
 
 def _eps_name(module: nn.Module) -> str | None:
@@ -68,7 +60,11 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         if reason is not None:
             yield Candidate(KIND, name, module, None, reason, None, None)
             continue
-        fast = _fast_class(type(module), eps_name, _offset_of(module))
+        offset, reason = attempt(functools.partial(_offset_of, module))
+        if reason is not None:
+            yield Candidate(KIND, name, module, None, reason, None, None)
+            continue
+        fast = fast_class(FastRMSNorm, type(module), eps_name=eps_name, offset=offset)
         weight = module.weight
         signature = (fast, weight.shape, weight.dtype, weight.device, weight.requires_grad, getattr(module, eps_name))
         prove = functools.partial(_prove, module, fast)

@@ -177,3 +177,30 @@ def test_rope_checks_again(change):
     call |= {"q_out": torch.empty(2, 4, 5, 16), "k_out": torch.empty(2, 2, 5, 16)}
     with pytest.raises(pf.InvalidInput, match="rope: "):
         native.rope(*capsules((call | change).values()), False, 2)
+
+
+@every_dtype
+@pytest.mark.parametrize("cols", [2048, 2040, 2031])
+def test_large_results_that_go_past_the_caches(cols, dtype):
+    """From 8 MiB on results are streamed, where their rows are aligned; the numbers are the same row by row."""
+    rows = -(-(8 << 20) // (cols * dtype.itemsize))
+    x, residual, dout = (torch.randn(rows, cols).to(dtype) for _ in range(3))
+    some = slice(rows - 40, rows)
+    leaves = [t.requires_grad_() for t in (x, residual)]
+    weight = torch.randn(cols).to(dtype)
+    tables = [torch.randn(rows, cols // 32 * 32) for _ in range(2)]
+
+    def everything(rows):
+        inputs = [t.detach()[rows].requires_grad_() for t in leaves]
+        q = [t[:, None] for t in inputs]
+        results = [
+            pf.ops.rms_norm(inputs[0], weight),
+            pf.ops.swiglu(*inputs),
+            *(y[:, 0] for y in pf.ops.rope(*q, *(table[rows] for table in tables))),
+        ]
+        grads = [torch.autograd.grad(y, inputs, dout[rows], True, allow_unused=True) for y in results]
+        return [*results, *(g for pair in grads for g in pair if g is not None)]
+
+    assert all(y.numel() * dtype.itemsize >= 8 << 20 for y in everything(slice(None)))
+    for large, small in zip(everything(slice(None)), everything(some), strict=True):
+        assert torch.equal(large[some], small)

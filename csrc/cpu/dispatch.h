@@ -130,6 +130,8 @@ struct RmsNormBwd {
   DType dtype, weight_dtype;
 };
 
+constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on are written past the caches
+
 constexpr int64_t kRmsNormChunk = 32;  // rows summed into d_weight in one chain
 constexpr int64_t kRmsNormUnits = 64;  // the most units
 

@@ -15,36 +15,21 @@ namespace {
 constexpr float kTanhLinear = 1.59576912160573071f;  // 2 sqrt(2 / pi)
 constexpr float kTanhCubic = 0.0713548162726f;       // that times 0.044715
 
-// f(x).
-template <Activation A>
-inline Vec activate(Vec x) {
-  if (A == Activation::gelu) {
-    Vec density;
-    return vmul(x, vnormal(x, &density));
-  }
-  if (A == Activation::silu) return vmul(x, vsigmoid(x));
-  return vmul(x, vsigmoid(vmul(x, vfma(vmul(x, x), vset(kTanhCubic), vset(kTanhLinear)))));
-}
-
-// f(x) and f'(x).
-template <Activation A>
+// f(x), and f'(x), whose instructions vanish where it is not used.
+template <Activation A, bool kRough>
 inline Vec activate(Vec x, Vec* slope) {
   if (A == Activation::gelu) {
     Vec density;
-    const Vec cumulative = vnormal(x, &density);
+    const Vec cumulative = kRough ? vnormal_rough(x, &density) : vnormal(x, &density);
     *slope = vfma(x, density, cumulative);
     return vmul(x, cumulative);
   }
-  Vec complement, s, steepness = vset(1.0f);
-  if (A == Activation::silu) {
-    s = vsigmoid(x, &complement);
-  } else {
-    const Vec square = vmul(x, x);
-    s = vsigmoid(vmul(x, vfma(square, vset(kTanhCubic), vset(kTanhLinear))), &complement);
-    steepness = vfma(square, vset(3.0f * kTanhCubic), vset(kTanhLinear));
-  }
-  const Vec value = vmul(x, s);
-  *slope = vfma(A == Activation::silu ? value : vmul(value, steepness), complement, s);
+  const Vec square = vmul(x, x);
+  const Vec inner = A == Activation::silu ? x : vmul(x, vfma(square, vset(kTanhCubic), vset(kTanhLinear)));
+  Vec complement;
+  const Vec s = kRough ? vsigmoid_rough(inner, &complement) : vsigmoid(inner, &complement), value = vmul(x, s);
+  const Vec steep = vmul(value, vfma(square, vset(3.0f * kTanhCubic), vset(kTanhLinear)));
+  *slope = vfma(A == Activation::silu ? value : steep, complement, s);
   return value;
 }
 
@@ -72,36 +57,42 @@ void each_piece(int64_t rows, int64_t cols, int threads, const F& f) {
 
 template <class T, Activation A>
 void glu_of(const Glu& p, int threads) {
+  constexpr bool kRough = sizeof(T) == 2;
+  const bool stream = streams<T>(p.rows * p.cols);
   each_piece(p.rows, p.cols, threads, [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     RowCursor gate_cursor(p.gate, row_begin), up_cursor(p.up, row_begin);
     for (int64_t row = row_begin; row < row_end; ++row, gate_cursor.next(), up_cursor.next()) {
       const T* gate = gate_cursor.row<T>() + begin;
       const T* up = up_cursor.row<T>() + begin;
-      T* out = static_cast<T*>(p.out) + row * p.cols + begin;
-      each_vector(end - begin, [&](int64_t i, int n) {
-        vstore_some(out + i, vmul(activate<A>(vload_some(gate + i, n)), vload_some(up + i, n)), n);
+      store_row(static_cast<T*>(p.out) + row * p.cols + begin, end - begin, stream, [&](int64_t i, int n) {
+        Vec slope;
+        return vmul(activate<A, kRough>(vload_some(gate + i, n), &slope), vload_some(up + i, n));
       });
     }
+    if (stream) vfence();
   });
 }
 
 template <class T, Activation A>
 void glu_bwd_of(const GluBwd& p, int threads) {
+  constexpr bool kRough = sizeof(T) == 2;
+  const bool stream = streams<T>(p.rows * p.cols);
   each_piece(p.rows, p.cols, threads, [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     RowCursor dout_cursor(p.dout, row_begin), gate_cursor(p.gate, row_begin), up_cursor(p.up, row_begin);
     for (int64_t row = row_begin; row < row_end; ++row, dout_cursor.next(), gate_cursor.next(), up_cursor.next()) {
       const T* dout = dout_cursor.row<T>() + begin;
       const T* gate = gate_cursor.row<T>() + begin;
       const T* up = up_cursor.row<T>() + begin;
-      T* dgate = static_cast<T*>(p.dgate) + row * p.cols + begin;
-      T* dup = static_cast<T*>(p.dup) + row * p.cols + begin;
-      each_vector(end - begin, [&](int64_t i, int n) {
+      const int64_t first = row * p.cols + begin;
+      T *dgate = static_cast<T*>(p.dgate) + first, *dup = static_cast<T*>(p.dup) + first;
+      store_two_rows(dgate, dup, end - begin, stream, [&](int64_t i, int n, Vec* gate_grad) {
         Vec slope;
-        const Vec value = activate<A>(vload_some(gate + i, n), &slope), g = vload_some(dout + i, n);
-        vstore_some(dup + i, vmul(g, value), n);
-        vstore_some(dgate + i, vmul(vmul(g, vload_some(up + i, n)), slope), n);
+        const Vec value = activate<A, kRough>(vload_some(gate + i, n), &slope), g = vload_some(dout + i, n);
+        *gate_grad = vmul(vmul(g, vload_some(up + i, n)), slope);
+        return vmul(g, value);
       });
     }
+    if (stream) vfence();
   });
 }
 

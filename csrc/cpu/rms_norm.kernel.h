@@ -32,6 +32,7 @@ template <class T>
 void rms_norm_of(const RmsNorm& p, int threads) {
   const int64_t cols = p.cols;
   const float* gain = p.gain;
+  const bool stream = streams<T>(p.rows * cols);
   parallel_for(p.rows, row_grain(cols), threads, [&](int64_t begin, int64_t end) {
     RowCursor x_cursor(p.x, begin), residual_cursor(p.residual, begin);
     for (int64_t row = begin; row < end; ++row, x_cursor.next(), residual_cursor.next()) {
@@ -52,10 +53,10 @@ void rms_norm_of(const RmsNorm& p, int threads) {
       p.rstd[row] = rstd;
       T* y = static_cast<T*>(p.y) + row * cols;
       const Vec r = vset(rstd);
-      each_vector(cols, [&](int64_t i, int n) {
-        vstore_some(y + i, vmul(vmul(vload_some(x + i, n), r), vload_some(gain + i, n)), n);
-      });
+      store_row(y, cols, stream,
+                [&](int64_t i, int n) { return vmul(vmul(vload_some(x + i, n), r), vload_some(gain + i, n)); });
     }
+    if (stream) vfence();
   });
 }
 
@@ -71,6 +72,7 @@ template <class T, bool kWithSum, bool kWithWeight>
 void rms_norm_bwd_rows(const RmsNormBwd& p, int64_t begin, int64_t end, float* sums) {
   const int64_t cols = p.cols;
   const float* gain = p.gain;
+  const bool stream = streams<T>(p.rows * cols);
   RowCursor x_cursor(p.x, begin), dout_cursor(p.dout, begin), dsum_cursor(p.dsum, begin);
   for (int64_t row = begin; row < end; ++row, x_cursor.next(), dout_cursor.next(), dsum_cursor.next()) {
     const T* x = x_cursor.row<T>();
@@ -90,14 +92,14 @@ void rms_norm_bwd_rows(const RmsNormBwd& p, int64_t begin, int64_t end, float* s
     });
     const Vec mean = vset(dot * rstd / float(cols));
     T* dx = static_cast<T*>(p.dx) + row * cols;
-    each_vector(cols, [&](int64_t i, int n) {
+    store_row(dx, cols, stream, [&](int64_t i, int n) {
       const Vec g = vload_some(dout + i, n), normal = vmul(vload_some(x + i, n), r);
-      Vec grad = vmul(r, vsub(vmul(g, vload_some(gain + i, n)), vmul(normal, mean)));
-      if (kWithSum) grad = vadd(grad, vload_some(dsum + i, n));
-      vstore_some(dx + i, grad, n);
       if (kWithWeight) vstore_some(sums + i, vfma(g, normal, vload_some(sums + i, n)), n);
+      const Vec grad = vmul(r, vsub(vmul(g, vload_some(gain + i, n)), vmul(normal, mean)));
+      return kWithSum ? vadd(grad, vload_some(dsum + i, n)) : grad;
     });
   }
+  if (stream) vfence();
 }
 
 template <class W>

@@ -34,29 +34,28 @@ inline void fill_table(const C* cos, const C* sin, int64_t half, int64_t begin, 
 }
 
 template <class T>
-inline void rotate_row(const T* x, T* y, const float* table, int64_t half, int64_t begin, int64_t pairs) {
+inline void rotate_row(const T* x, T* y, const float* table, int64_t half, int64_t begin, int64_t pairs, bool stream) {
   const T *x1 = x + begin, *x2 = x + half + begin;
-  T *y1 = y + begin, *y2 = y + half + begin;
-  each_vector(pairs, [&](int64_t i, int n) {
+  store_two_rows(y + begin, y + half + begin, pairs, stream, [&](int64_t i, int n, Vec* y1) {
     const Vec first = vload_some(x1 + i, n), second = vload_some(x2 + i, n);
     const Vec a = vload_some(table + i, n), b = vload_some(table + pairs + i, n);
     const Vec c = vload_some(table + 2 * pairs + i, n), d = vload_some(table + 3 * pairs + i, n);
-    vstore_some(y1 + i, vfma(second, b, vmul(first, a)), n);
-    vstore_some(y2 + i, vfma(first, d, vmul(second, c)), n);
+    *y1 = vfma(second, b, vmul(first, a));
+    return vfma(first, d, vmul(second, c));
   });
 }
 
 // What a block does to all heads of one tensor [batch, heads, tokens, head_dim].
 template <class T>
 void rotate_heads(const TensorView& x, const TensorView& y, int64_t batch, int64_t token, int64_t tokens,
-                  const float* tables, int64_t half, int64_t begin, int64_t pairs) {
+                  const float* tables, int64_t half, int64_t begin, int64_t pairs, bool stream) {
   const T* source = static_cast<const T*>(x.data) + batch * x.strides[0] + token * x.strides[2];
   T* target = static_cast<T*>(y.data) + batch * y.strides[0] + token * y.strides[2];
   const int64_t heads = x.shape[1], passed = x.shape[3] - 2 * half;
   const auto rotate = [&](int64_t head, int64_t t) {
     const T* from = source + head * x.strides[1] + t * x.strides[2];
     T* to = target + head * y.strides[1] + t * y.strides[2];
-    rotate_row(from, to, tables + t * 4 * kRopePairs, half, begin, pairs);
+    rotate_row(from, to, tables + t * 4 * kRopePairs, half, begin, pairs, stream);
     if (begin == 0 && passed > 0) __builtin_memcpy(to + 2 * half, from + 2 * half, uint64_t(passed) * sizeof(T));
   };
   if (y.strides[1] <= y.strides[2]) {
@@ -72,6 +71,7 @@ template <class T, class C>
 void rope_of(const Rope& p, int threads) {
   const int64_t tokens = p.q.shape[2], half = p.cos.shape[2] / 2;
   const int64_t blocks = (tokens + kRopeTokens - 1) / kRopeTokens;
+  const bool stream = streams<T>(p.q.shape[0] * p.q.shape[1] * tokens * p.q.shape[3]);
   const int64_t work = kRopeTokens * (p.q.shape[1] + p.k.shape[1]) * p.q.shape[3];
   parallel_for(
       p.q.shape[0] * blocks, max64(1, (int64_t(1) << 14) / max64(work, 1)), threads, [&](int64_t first, int64_t last) {
@@ -86,10 +86,11 @@ void rope_of(const Rope& p, int threads) {
             for (int64_t t = 0; t < count; ++t)
               fill_table(cos + t * p.cos.strides[1], sin + t * p.sin.strides[1], half, begin, pairs, p.backward,
                          tables + t * 4 * kRopePairs);
-            rotate_heads<T>(p.q, p.q_out, batch, token, count, tables, half, begin, pairs);
-            rotate_heads<T>(p.k, p.k_out, batch, token, count, tables, half, begin, pairs);
+            rotate_heads<T>(p.q, p.q_out, batch, token, count, tables, half, begin, pairs, stream);
+            rotate_heads<T>(p.k, p.k_out, batch, token, count, tables, half, begin, pairs, stream);
           }
         }
+        if (stream) vfence();
       });
 }
 

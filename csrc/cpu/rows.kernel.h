@@ -81,6 +81,52 @@ inline float row_sum(int64_t cols, const F& f) {
   return vsum(total);
 }
 
+// Large results go past the caches: the next reader would not find them there anyway, and memory is spared reading
+// what is about to be overwritten. Whoever says so calls vfence() in the end.
+template <class T>
+inline bool streams(int64_t elements) {
+  return elements * int64_t(sizeof(T)) >= kStreamBytes;
+}
+
+template <class T>
+inline bool can_stream(const T* p) {
+  return uintptr_t(p) % (2 * kLanes * sizeof(T)) == 0;
+}
+
+// out[i] = f(i, n) for the n columns from i on, over a row.
+template <class T, class F>
+inline void store_row(T* out, int64_t cols, bool stream, const F& f) {
+  int64_t i = 0;
+  if (stream && can_stream(out)) {
+    for (; i + 2 * kLanes <= cols; i += 2 * kLanes) {
+      const Vec a = f(i, kLanes), b = f(i + kLanes, kLanes);
+      vstream(out + i, a, b);
+    }
+  }
+  for (; i + kLanes <= cols; i += kLanes) vstore(out + i, f(i, kLanes));
+  if (i < cols) vstore_n(out + i, f(i, int(cols - i)), int(cols - i));
+}
+
+// The same for two rows at once: f(i, n, &first) gives the second's.
+template <class T, class F>
+inline void store_two_rows(T* one, T* two, int64_t cols, bool stream, const F& f) {
+  int64_t i = 0;
+  Vec a, b;
+  if (stream && can_stream(one) && can_stream(two)) {
+    for (; i + 2 * kLanes <= cols; i += 2 * kLanes) {
+      const Vec c = f(i, kLanes, &a), d = f(i + kLanes, kLanes, &b);
+      vstream(one + i, a, b);
+      vstream(two + i, c, d);
+    }
+  }
+  for (; i < cols; i += kLanes) {
+    const int n = int(min64(kLanes, cols - i));
+    const Vec c = n == kLanes ? f(i, kLanes, &a) : f(i, n, &a);
+    vstore_some(one + i, a, n);
+    vstore_some(two + i, c, n);
+  }
+}
+
 }  // namespace
 }  // namespace PYFINETUNE_ISA
 }  // namespace pyfinetune

@@ -1,8 +1,9 @@
 // The few SIMD verbs that kernels are written in; every one static, so that no copy compiled for one instruction set
 // can be picked by the linker for another. `Vec` is a vector of kLanes floats. vmin and vmax give their second operand
 // where either is NaN; vload_n and vstore_n touch the first n lanes only (1 <= n <= kLanes) and load zeros behind them;
-// vscale2 is x * 2^n for whole -252 <= n <= 254; vfnma is c - a * b; vrcp_rough is 1 / x to at least 11 bits;
-// vselect_negative takes `negative` where x has its sign bit set.
+// vscale2 is x * 2^n for whole -252 <= n <= 254; vfnma is c - a * b; vrcp_rough is 1 / x to at least 14 bits, 0 for infinities;
+// vselect_negative takes `negative` where x has its sign bit set; vstream writes two vectors past the caches to p, which
+// is aligned to their size.
 #pragma once
 #include <stdint.h>
 
@@ -143,6 +144,13 @@ inline Vec vrcp_rough(Vec x) { return _mm512_rcp14_ps(x); }
 inline Vec vselect_negative(Vec x, Vec negative, Vec other) {
   return _mm512_mask_mov_ps(other, _mm512_movepi32_mask(_mm512_castps_si512(x)), negative);
 }
+inline __m512i vjoin(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+inline void vstream(float* p, Vec a, Vec b) {
+  _mm512_stream_ps(p, a);
+  _mm512_stream_ps(p + 16, b);
+}
+inline void vstream(bf16* p, Vec a, Vec b) { _mm512_stream_si512((__m512i*)p, vjoin(vround_bf16(a), vround_bf16(b))); }
+inline void vstream(fp16* p, Vec a, Vec b) { _mm512_stream_si512((__m512i*)p, vjoin(vround_fp16(a), vround_fp16(b))); }
 
 // kWide unsigned 32-bit words, each in the low half of a 64-bit lane; what stands in the high half does not matter.
 // wcounters gives kWide consecutive 64-bit counters, wmul 64-bit products.
@@ -270,8 +278,19 @@ inline Vec vscale2(Vec x, Vec n) {
   return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
 }
 inline Vec vfnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
-inline Vec vrcp_rough(Vec x) { return _mm256_rcp_ps(x); }
+// One Newton step from 12 bits; its residual is NaN where x is zero or infinite, and then the minimum is 1.
+inline Vec vrcp_rough(Vec x) {
+  const __m256 y = _mm256_rcp_ps(x), one = _mm256_set1_ps(1.0f);
+  return _mm256_fmadd_ps(y, _mm256_min_ps(_mm256_fnmadd_ps(x, y, one), one), y);
+}
 inline Vec vselect_negative(Vec x, Vec negative, Vec other) { return _mm256_blendv_ps(other, negative, x); }
+inline __m256i vjoin(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
+inline void vstream(float* p, Vec a, Vec b) {
+  _mm256_stream_ps(p, a);
+  _mm256_stream_ps(p + 8, b);
+}
+inline void vstream(bf16* p, Vec a, Vec b) { _mm256_stream_si256((__m256i*)p, vjoin(vround_bf16(a), vround_bf16(b))); }
+inline void vstream(fp16* p, Vec a, Vec b) { _mm256_stream_si256((__m256i*)p, vjoin(vround_fp16(a), vround_fp16(b))); }
 
 constexpr int kWide = 4;
 using Words = __m256i;
@@ -370,6 +389,11 @@ inline Vec vscale2(Vec x, Vec n) {
 inline Vec vfnma(Vec a, Vec b, Vec c) { return c - a * b; }
 inline Vec vrcp_rough(Vec x) { return 1.0f / x; }
 inline Vec vselect_negative(Vec x, Vec negative, Vec other) { return float_bits(x) >> 31 ? negative : other; }
+template <class T>
+inline void vstream(T* p, Vec a, Vec b) {
+  vstore(p, a);
+  vstore(p + 1, b);
+}
 
 constexpr int kWide = 1;
 using Words = uint64_t;

@@ -48,12 +48,14 @@ def _stat_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _fake(x, weight, residual, eps, offset):
-    total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, x.new_empty(x.shape[:-1], dtype=_stat_dtype(x))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, total, x.new_empty(x.shape[:-1], dtype=_stat_dtype(x))
 
 
 def _fake_bwd(dout, dsum, x, weight, rstd, offset, need_dx, need_dweight):
-    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
+    return dx, weight.new_empty(weight.shape if need_dweight else 0)
 
 
 def _reference(x, weight, residual, eps, offset):

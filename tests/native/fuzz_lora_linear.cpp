@@ -181,7 +181,7 @@ const Fault kFaults[] = {
 }  // namespace
 
 const Op kLoraLinear = {
-    "lora_linear", {small_matmul, row_squares, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
+    "lora_linear", 8, {small_matmul, row_squares, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

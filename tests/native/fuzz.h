@@ -204,6 +204,7 @@ struct Fault {
 
 struct Op {
   const char* name;
+  int share;  // cases in a round of all ops: fewer where one takes long
   // Each draws a case of one kernel; one that stands here twice is drawn twice as often.
   std::vector<void (*)(Case&)> kernels;
   std::vector<Fault> faults;

@@ -159,6 +159,14 @@ const Fault kFaults[] = {
          scalar::table.dropout(x, out, dtype, n, p, n > 64 ? seed + 1 : seed, threads);
        };
      }},
+    {"a count that overflows", true,
+     [](KernelTable& table) {
+       table.dropout = [](const void* x, void* out, DType dtype, int64_t n, double p, uint64_t seed, int threads) {
+         int32_t count = std::numeric_limits<int32_t>::max();
+         count += int32_t(n);
+         scalar::table.dropout(x, out, dtype, count < 0 ? 0 : n, p, seed, threads);
+       };
+     }},
     {"an input is written", false,
      [](KernelTable& table) {
        table.dropout = [](const void* x, void* out, DType dtype, int64_t n, double p, uint64_t seed, int threads) {
@@ -181,7 +189,7 @@ const Fault kFaults[] = {
 }  // namespace
 
 const Op kLoraLinear = {
-    "lora_linear", {small_matmul, row_squares, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
+    "lora_linear", 8, {small_matmul, row_squares, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

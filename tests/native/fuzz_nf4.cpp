@@ -191,7 +191,8 @@ const Fault kFaults[] = {
 
 }  // namespace
 
-const Op kNf4 = {"nf4", {dequantize, dequantize, quantize, quantize_absmax}, {std::begin(kFaults), std::end(kFaults)}};
+const Op kNf4 = {
+    "nf4", 8, {dequantize, dequantize, quantize, quantize_absmax}, {std::begin(kFaults), std::end(kFaults)}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

@@ -492,7 +492,7 @@ const Fault kFaults[] = {
 
 }  // namespace
 
-const Op kVarlenAttn = {"varlen_attn", {attend, attend_backward}, {std::begin(kFaults), std::end(kFaults)}};
+const Op kVarlenAttn = {"varlen_attn", 1, {attend, attend_backward}, {std::begin(kFaults), std::end(kFaults)}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

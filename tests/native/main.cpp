@@ -115,9 +115,10 @@ int fuzz(const std::vector<const Op*>& ops, const Options& options) {
   Tallies tallies;
   double told = 0;
   try {
-    for (int64_t i = 0; total(tallies) < options.calls; ++i) {
-      const int64_t count = int64_t(ops.size());
-      run_case(*ops[size_t(i % count)], options.seed, options.first + i / count, tables, tallies);
+    std::vector<int64_t> next(ops.size(), options.first);
+    for (size_t i = 0; total(tallies) < options.calls; i = (i + 1) % ops.size()) {
+      for (int n = 0; n < ops[i]->share && total(tallies) < options.calls; ++n)
+        run_case(*ops[i], options.seed, next[i]++, tables, tallies);
       if (seconds() < told + 10) continue;
       told = seconds();
       std::printf("%lld of %lld calls, %.0f s\n", ll(total(tallies)), ll(options.calls), told);

@@ -150,6 +150,30 @@ def test_conv1d_layers_are_transposed(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+HEADS = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}
+ARCHITECTURES = {
+    "mixtral": ("AutoModelForCausalLM", 8, {**SIZES, **HEADS, "num_local_experts": 4}),  # experts are no linear layers
+    "phi3": ("AutoModelForCausalLM", 8, {**SIZES, **HEADS, "pad_token_id": 0}),
+    "opt": ("AutoModelForCausalLM", 14, {**SIZES, "hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 32}),
+    "t5": ("AutoModelForSeq2SeqLM", 28, {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_architectures(tmp_path, kind):
+    name, count, options = ARCHITECTURES[kind]
+    auto = getattr(transformers, name)
+    config = transformers.AutoConfig.for_model(kind, **options)
+    path = saved(auto.from_config(config, dtype=torch.bfloat16), tmp_path / "plain")
+    model = pf.load_4bit(path, model_class=auto)
+    assert len(four_bit(model)) == count
+    assert_same_state(model, pf.quantize(auto.from_pretrained(path)))
+    packed = saved(model, tmp_path / "packed")
+    assert_same_state(pf.load_4bit(packed, model_class=auto), model)
+    pytest.importorskip("bitsandbytes")
+    assert_same_state(auto.from_pretrained(packed), model)
+
+
 @pytest.mark.skipif(not hasattr(transformers, "HrmTextConfig"), reason="this transformers has no such model")
 def test_weights_that_a_checkpoint_holds_fused(tmp_path):
     config = transformers.HrmTextConfig(

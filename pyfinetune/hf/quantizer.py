@@ -93,9 +93,10 @@ class Config4bit(QuantizationConfigMixin):
 class _FromBitsandbytes(Config4bit):
     """The same for a checkpoint that is 4-bit already: its layers say themselves how they were quantized."""
 
-    def __init__(self, skip: Iterable[str] = (), double_quant: bool = False):
+    def __init__(self, skip: Iterable[str] = (), double_quant: bool = False, storage: torch.dtype = torch.uint8):
         super().__init__(double_quant=double_quant, skip=skip)
         self.quant_method = _FROM_BITSANDBYTES
+        self.storage = storage  # what the bytes of the codes were written as
 
 
 def from_bitsandbytes(saved: dict[str, Any]) -> Config4bit:
@@ -108,7 +109,8 @@ def from_bitsandbytes(saved: dict[str, Any]) -> Config4bit:
         >>> from_bitsandbytes({"quant_method": "bitsandbytes", "load_in_4bit": True})
     """
     skip = saved.get("llm_int8_skip_modules") or ("lm_head",)
-    return _FromBitsandbytes(skip, bool(saved.get("bnb_4bit_use_double_quant")))
+    storage = getattr(torch, str(saved.get("bnb_4bit_quant_storage")).removeprefix("torch."), torch.uint8)
+    return _FromBitsandbytes(skip, bool(saved.get("bnb_4bit_use_double_quant")), storage)
 
 
 def _fits(module: nn.Module) -> bool:
@@ -281,11 +283,16 @@ class _Reader(_Quantizer):
 
     def _find_targets(self, model: nn.Module, fits: Callable[[nn.Module], bool]) -> set[int]:
         # Only for planning devices; which layers are 4-bit is seen as they come.
-        skip = self.quantization_config.skip
-        return {id(module) for name, module in model.named_modules() if fits(module) and not skipped(name, skip)}
+        skip, storage = self.quantization_config.skip, self.quantization_config.storage
+        found = [module for name, module in model.named_modules() if fits(module) and not skipped(name, skip)]
+        if storage.is_floating_point:
+            for module in found:  # older versions of transformers cast floats to what the skeleton has
+                module.weight = nn.Parameter(module.weight.to(storage), requires_grad=False)
+        return {id(module) for module in found}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return [WeightConverter([*(f"weight{part}" for part in _PARTS), "weight"], "weight", [_Read(self)])]
+        sources = [*(f"weight{part}" for part in _PARTS), "weight"]
+        return [WeightConverter(source_patterns=sources, target_patterns="weight", operations=[_Read(self)])]
 
     def take(self, model: nn.Module, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Put what a checkpoint has of one weight into its layer; returns what the layer holds under that name."""
@@ -306,12 +313,14 @@ class _Reader(_Quantizer):
             device = next(iter(parts.values())).device
             return _hold(module, quantize_4bit(self._refuse(error, _features(module), device)))
 
-    @staticmethod
-    def _dense(model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _dense(self, model: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
         # transformers casts no weight that passes through an operation; what it keeps in float32 was saved so.
         keep = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
         keep += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-        return weight if skipped(name, keep) else weight.to(model.get_parameter_or_buffer(name).dtype)
+        if skipped(name, keep):
+            return weight
+        expected = self.param_needs_quantization(model, name)
+        return weight.to(model.dtype if expected else model.get_parameter_or_buffer(name).dtype)
 
 
 class _Read(ConversionOps):

@@ -94,7 +94,7 @@ def _of_values(name: str) -> Callable:
 
 
 # What reads a tensor without an operator.
-for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "__repr__", "__deepcopy__", "__reduce_ex__"):
+for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "__dlpack__", "__repr__", "__deepcopy__", "__reduce_ex__"):
     setattr(LazyLogits, _name, _of_values(_name))
 
 

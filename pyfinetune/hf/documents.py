@@ -66,6 +66,9 @@ def documents_of(
             if traceable
             else _find(*inputs, batch, q_length, k_length, device)
         )
+    if any(t is not None and t.is_inference() for t in inputs):
+        # Nothing tells whether such a tensor has been changed in place since.
+        return _find(*inputs, batch, q_length, k_length, device)
     key = (batch, q_length, k_length, device, *(None if t is None else (id(t), t._version) for t in inputs))
     known = getattr(_last, "entry", None)
     # An id alone could belong to another tensor by now; one that is alive keeps it.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+import torch
 from torch import nn
 
 from pyfinetune.errors import BackendUnavailable, InvalidInput
+from pyfinetune.hf.changes import Change
 from pyfinetune.hf.probe import Candidate, Proof
 from pyfinetune.hf.report import LEFT, SWAPPED, Report, Row
 
@@ -40,6 +42,23 @@ def _proved(candidate: Candidate, proofs: dict[tuple, tuple[Proof, str]]) -> tup
             reason = f"the probe failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             proofs[candidate.signature] = Proof(None, reason), ""
     return proofs[candidate.signature]
+
+
+def _judged(candidates: Iterable[Candidate]) -> tuple[list[Row], list[Change]]:
+    """A row for each candidate, and the changes of those that the kernels may take over."""
+    proofs: dict[tuple, tuple[Proof, str]] = {}
+    rows, changes = [], []
+    for item in candidates:
+        if item.reason is not None:
+            rows.append(Row(item.kind, item.name, LEFT, None, item.reason, None))
+            continue
+        proof, backend = _proved(item, proofs)
+        if proof.reason is not None:
+            rows.append(Row(item.kind, item.name, LEFT, None, proof.reason, proof.error))
+        else:
+            rows.append(Row(item.kind, item.name, SWAPPED, backend, None, proof.error))
+            changes.append(item.change)
+    return rows, changes
 
 
 def patch(model: nn.Module, kinds: Collection[str] | None = None) -> Report:
@@ -76,18 +95,9 @@ def patch(model: nn.Module, kinds: Collection[str] | None = None) -> Report:
     unknown = sorted(set(chosen) - set(KINDS))
     if unknown:
         raise InvalidInput(f"patch: {', '.join(unknown)} is no kind of block; choose from {', '.join(KINDS)}")
-    proofs: dict[tuple, tuple[Proof, str]] = {}
-    rows, changes = [], []
-    for item in _candidates(model, chosen):
-        if item.reason is not None:
-            rows.append(Row(item.kind, item.name, LEFT, None, item.reason, None))
-            continue
-        proof, backend = _proved(item, proofs)
-        if proof.reason is not None:
-            rows.append(Row(item.kind, item.name, LEFT, None, proof.reason, proof.error))
-        else:
-            rows.append(Row(item.kind, item.name, SWAPPED, backend, None, proof.error))
-            changes.append(item.change)
+    # Tensors that are made in inference mode have no gradients, and the probes need some.
+    with torch.inference_mode(False):
+        rows, changes = _judged(_candidates(model, chosen))
     report = Report(rows, changes)
     try:
         for change in changes:

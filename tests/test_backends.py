@@ -82,6 +82,8 @@ def test_the_native_door_checks_again():
         native.dequantize_4bit(fields, 64, 128, 0, 0, out, 1, False)
     with pytest.raises(pf.InvalidInput, match="size overflows 64 bits"):
         native.dequantize_4bit(fields, 2**40, 2**40, 0, 0, capsule(out), 1, False)
+    with pytest.raises(pf.InvalidInput, match="block_size is less than 32"):
+        native.quantize_4bit(capsule(torch.zeros(64)), "nf4", 1, capsule(out), capsule(out), 1)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -39,6 +39,7 @@ void quantize_4bit(const py::object& weight, const std::string& quant_type, int6
   PYFINETUNE_CHECK(quant_type == "nf4" || quant_type == "fp4", "quantize_4bit: quant_type is neither nf4 nor fp4");
   const int64_t n = numel(w, op);
   const int shift = log2_exact(block_size, op, "block_size");
+  PYFINETUNE_CHECK(shift >= kLeastBlockShift, "quantize_4bit: block_size is less than 32");
   auto* code_bytes = static_cast<uint8_t*>(flat(codes, op, "codes", DType::u8, n / 2 + (n & 1)).data);
   auto* scales = static_cast<float*>(flat(absmax, op, "absmax", DType::f32, blocks_of(n, shift)).data);
   const EncodeTable table =

@@ -84,7 +84,7 @@ VarlenAttn checked(const Inputs& in) {
   a.total_k = v.shape[0];
   a.num_kv_heads = v.shape[1];
   a.head_dim_v = checked_head_dim(v.shape[2], "v");
-  PYFINETUNE_CHECK(a.num_kv_heads > 0 && a.num_heads % a.num_kv_heads == 0,
+  PYFINETUNE_CHECK(a.num_heads > 0 && a.num_kv_heads > 0 && a.num_heads % a.num_kv_heads == 0,
                    named("q", "has a number of heads that is no multiple of v's"));
   a.q = heads(in.q, "q", a.dtype, a.total_q, a.num_heads, a.head_dim);
   a.k = heads(in.k, "k", a.dtype, a.total_k, a.num_kv_heads, a.head_dim);

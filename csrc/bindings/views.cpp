@@ -71,6 +71,7 @@ Packed4bit packed_of(const py::tuple& fields, int64_t elements, const char* op, 
   Packed4bit w = {};
   w.numel = elements;
   w.block_shift = log2_exact(fields[6].cast<int64_t>(), op, "block_size");
+  PYFINETUNE_CHECK(w.block_shift >= kLeastBlockShift, std::string(op) + ": block_size is less than 32");
   const int64_t blocks = blocks_of(elements, w.block_shift);
   w.codes =
       static_cast<const uint8_t*>(flat(fields[0], op, "codes", DType::u8, elements / 2 + (elements & 1), device).data);

@@ -36,6 +36,9 @@ void* fresh(const py::handle& capsule, const char* op, const char* name, const T
 // The eight values that describe a 4-bit weight of `elements` elements, checked against each other.
 Packed4bit packed_of(const py::tuple& fields, int64_t elements, const char* op, int device = -1);
 
+// Kernels decode 32 values at a time.
+constexpr int kLeastBlockShift = 5;
+
 int log2_exact(int64_t block_size, const char* op, const char* name);
 
 inline int64_t blocks_of(int64_t n, int shift) { return (n >> shift) + ((n & ((int64_t(1) << shift) - 1)) != 0); }

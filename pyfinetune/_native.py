@@ -22,7 +22,9 @@ native = _C
 
 def capsule(tensor: torch.Tensor | None):
     """The tensor's memory as a DLPack capsule, which keeps that memory alive; None stays None."""
-    return None if tensor is None else to_dlpack(tensor.detach())
+    if tensor is None:
+        return None
+    return to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def threads() -> int:

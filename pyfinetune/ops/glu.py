@@ -146,7 +146,8 @@ _swiglu, _geglu = _make("swiglu", _prepare_swiglu), _make("geglu", _prepare_gegl
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The gated unit of Llama's MLP.
 
-    h = silu(gate) * up,  silu(x) = x * sigmoid(x); in float32, rounded once.
+    h = silu(gate) * up,  silu(x) = x * sigmoid(x); in float32, rounded once (16-bit results
+    from at least 13 right bits).
 
     Args:
         gate: [..., features], float32, float16, bfloat16 (float64 on the reference backend); any strides, so that
@@ -172,7 +173,8 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "tanh") -> to
     """The gated unit of Gemma's MLP.
 
     h = gelu(gate) * up,  gelu(x) = x * Phi(x), Phi the normal distribution function ("none"), or
-    x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3) ("tanh"); in float32, rounded once.
+    x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3) ("tanh"); in float32, rounded once (16-bit results from
+    at least 13 right bits).
 
     Args:
         gate: [..., features], float32, float16, bfloat16 (float64 on the reference backend); any strides.

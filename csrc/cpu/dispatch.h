@@ -237,7 +237,7 @@ struct DoraNorms {
 
 constexpr int64_t kDoraBlock = 64;  // rows of dout to a row of DoraGrad's `partial`
 
-// g = dout * factor by column, dz = column sums of dout * z; g null or z null leaves that out.
+// g = dout * factor by column, dz = column sums of dout * z; g null or dz null leaves that out.
 struct DoraGrad {
   const void* dout;
   int64_t dout_stride, m, n;

@@ -73,6 +73,9 @@ def load_4bit(path_or_name: str | Path, *, model_class: Any = None, **from_pretr
 def _check_request(where: str, path: str | Path, kwargs: dict[str, Any]) -> None:
     if Path(path).is_dir() and not (Path(path) / kwargs.get("subfolder", "") / "config.json").is_file():
         raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
+    text = str(path)
+    if not Path(path).exists() and (text.startswith(("/", ".", "~")) or text.count("/") > 1):
+        raise UserError(f"{where}: there is no such folder", fix="give the folder that save_pretrained wrote")
     if kwargs.get("trust_remote_code"):
         raise UserError(f"{where}: trust_remote_code is not supported", fix="use a model that transformers knows")
     if kwargs.get("use_safetensors") is False or kwargs.get("gguf_file"):

@@ -6,6 +6,7 @@ is quantized as it comes, and its layer changes class. A bitsandbytes checkpoint
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,6 +46,8 @@ _PARTS = [
     *(f".quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES),
     *(".nested_quant_map", ".nested_absmax", ".quant_map", ".absmax"),
 ]
+
+_TRIM_EVERY = 128 << 20  # bytes of dense weights
 
 
 @register_quantization_config(_METHOD)
@@ -135,6 +138,17 @@ def _first(value: Any) -> torch.Tensor:
     return value[0] if isinstance(value, list) else value
 
 
+def _return_memory() -> None:
+    """Give the operating system what has been freed.
+
+    The C library keeps the holes that dense weights leave between 4-bit ones: loading would in the end take nearly as
+    much memory as the dense model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
 def _hold(module: nn.Module, packed: Packed4bit) -> nn.Parameter:
     """Make a linear layer one in 4 bits, in place; returns its weight."""
     module.out_features, module.in_features = _features(module)
@@ -156,6 +170,7 @@ class _Quantizer(HfQuantizer):
         self._targets: set[int] = set()
         self._errors: list[InvalidInput] = []
         self._fused = False
+        self._freed = 0
 
     # --- what transformers asks
 
@@ -207,6 +222,7 @@ class _Quantizer(HfQuantizer):
             raise InvalidInput("Config4bit: the checkpoint has no weight for any of the layers that were to be 4-bit")
         if any(layer.weight.is_meta for layer in layers):
             raise InvalidInput("device_map: the model does not fit, and a 4-bit model cannot be offloaded to disk")
+        _return_memory()
         self._forget_conversions(model)
         model.config.quantization_config = None  # the loading configuration, which is not what gets saved
         left = [name for name, module in model.named_modules() if _fits(module)]
@@ -233,6 +249,10 @@ class _Quantizer(HfQuantizer):
             check_weight("Config4bit", name.removesuffix(".weight"), weight)
         except InvalidInput as error:
             weight = self._refuse(error, weight.shape, weight.device)
+        self._freed += weight.nbytes
+        if self._freed > _TRIM_EVERY:
+            self._freed = 0
+            _return_memory()
         weight = weight.T.contiguous() if type(module) is Conv1D else weight
         return _hold(module, quantize_4bit(weight, config.block_size, config.quant_type, config.double_quant))
 

@@ -30,27 +30,28 @@ def batch_of(part: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def recorder(base: type):
-    """A Trainer that keeps its losses, what its gradients were before each step, and what became of the logits."""
+    """A Trainer that keeps its losses and, but for TRL's, which makes none, the logits."""
 
-    class Recorder(base):
+    class Losses(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.losses, self.grads, self.logits = [], [], []
+            self.losses, self.logits = [], []
 
         def training_step(self, model, *args, **kwargs):
             loss = super().training_step(model, *args, **kwargs)
             self.losses.append(loss.detach().double())
             return loss
 
+    class Recorder(Losses):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             self.logits.append(getattr(outputs, "logits", None))
             return (loss, outputs) if return_outputs else loss
 
-    return Recorder
+    return Recorder if base.__module__ != "trl.trainer.sft_trainer" else Losses
 
 
-def arguments(folder, **options):
+def arguments(folder, kind: type | None = None, **options):
     """Settings of a Trainer for a few steps of plain SGD on the CPU, all of its losses kept, nothing written.
 
     AdamW's first steps turn every gradient into its sign, the zeros of a rounding error included: they say less.
@@ -68,11 +69,12 @@ def arguments(folder, **options):
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
+        "seed": 3,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "max_grad_norm": 0.0,
     }
-    return TrainingArguments(str(folder), **{**settings, **options})
+    return (kind or TrainingArguments)(str(folder), **{**settings, **options})
 
 
 def widened(exact: bool):
@@ -92,8 +94,8 @@ def trained(model: nn.Module, folder, exact: bool = False, base: type | None = N
     """Train with a `transformers.Trainer`; gives the result and the trainer."""
     from transformers import Trainer
 
-    model = model.double() if exact else model
+    model, settings = model.double() if exact else model, arguments(folder, **options)
     with widened(exact):
-        trainer = recorder(base or Trainer)(model, arguments(folder, **options), train_dataset=rows(), callbacks=list(callbacks))
+        trainer = recorder(base or Trainer)(model, settings, train_dataset=rows(), callbacks=list(callbacks))
         trainer.train()
     return result_of(trainer.losses, model), trainer

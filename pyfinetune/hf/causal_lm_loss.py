@@ -71,12 +71,14 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Compute the values and go on with them; a cast and a detach need none."""
+        """Compute the values and go on with them; a cast, a clone and a detach need none."""
         kwargs = kwargs or {}
         lazy = args[0] if args else None
         if isinstance(lazy, cls) and lazy.computed is None:
             if func is torch.ops.aten.detach.default:
                 return cls(*_detached(lazy.parts), lazy.dtype, lazy._computed)
+            if func is torch.ops.aten.clone.default:  # DDP clones what a model returns
+                return cls(*lazy.parts, lazy.dtype)
             if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"} and kwargs["dtype"] in FLOATS:
                 return cls(*lazy.parts, kwargs["dtype"])
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
@@ -94,7 +96,8 @@ def _of_values(name: str) -> Callable:
 
 
 # What reads a tensor without an operator.
-for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "__dlpack__", "__repr__", "__deepcopy__", "__reduce_ex__"):
+_READS = ("numpy", "tolist", "data_ptr", "untyped_storage", "__dlpack__", "__repr__", "__deepcopy__", "__reduce_ex__")
+for _name in _READS:
     setattr(LazyLogits, _name, _of_values(_name))
 
 

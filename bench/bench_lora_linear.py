@@ -179,6 +179,84 @@ def _add_peft(setup: Setup, values: tuple, weight: torch.Tensor, dout, judge, fo
     setup.inputs += [*layer.parameters()]
 
 
+def _build_group(device: torch.device, rows: int, inner: int, widths: tuple[int, ...]) -> Setup:
+    """Projections of one input with float32 adapters on a bfloat16 base, forward and backward."""
+    weights = [torch.randn(out, inner, device=device).mul_(0.02).bfloat16() for out in widths]
+    x = torch.randn(rows, inner, device=device).bfloat16().requires_grad_()
+    douts = [torch.randn(rows, out, device=device).bfloat16() for out in widths]
+    adapters = [torch.randn(_RANK, inner, device=device).mul_(inner**-0.5).requires_grad_() for _ in widths]
+    adapters += [torch.randn(out, _RANK, device=device).mul_(0.02).requires_grad_() for out in widths]
+    count = len(widths)
+
+    def together(x, *adapters):
+        return pf.ops.lora_linear_group(x, weights, adapters[:count], adapters[count:], [_SCALING] * count)
+
+    def plain(x, *adapters):
+        return [_plain(x, w, a, b) for w, a, b in zip(weights, adapters[:count], adapters[count:], strict=True)]
+
+    names = [*(f"y{i}" for i in range(count)), "dx", *(f"d_lora_a{i}" for i in range(count))]
+    names += [f"d_lora_b{i}" for i in range(count)]
+    factors = [_FORWARD] * count + [_BACKWARD] * (1 + 2 * count)
+
+    def results(function, leaves, dtype):
+        with torch.enable_grad():
+            copies = [leaf.detach().clone().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
+            ys = function(*copies)
+            grads = torch.autograd.grad(ys, copies, [d.to(ys[0].dtype) for d in douts])
+        return [*(y.detach() for y in ys), *grads]
+
+    def judge(got):
+        leaves = [x, *adapters]
+        exact, eager = results(plain, leaves, torch.float64), results(plain, leaves, torch.bfloat16)
+        return close_to_exact(got, exact, eager, names, factors)
+
+    def call_of(function, leaves):
+        def call(i):
+            with torch.enable_grad():
+                return torch.autograd.grad(function(*leaves), leaves, douts)
+
+        return call
+
+    leaves = [x, *adapters]
+    setup = Setup(
+        {OURS: call_of(together, leaves)},
+        {OURS: lambda: judge(results(together, leaves, None))},
+        inputs=[*leaves, *douts, *weights],
+    )
+    setup.forward[OURS] = _enabled(lambda: together(*leaves))
+    _add_peft_layers(setup, weights, leaves, douts, judge, call_of)
+    return setup
+
+
+def _add_peft_layers(setup: Setup, weights: list[torch.Tensor], leaves: list, douts: list, judge, call_of) -> None:
+    """PEFT's layers one after the other over the same input, with the same bases and adapters."""
+    why = peers.why_missing("peft")
+    if why:
+        setup.missing["PEFT"] = why
+        return
+    layers = []
+    for weight in weights:
+        linear = torch.nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype, device=weight.device)
+        linear.weight.copy_(weight)
+        layers.append(peers.peft_layer(linear, _RANK, 0.0, dora=False))
+    params = [layer.lora_A["default"].weight for layer in layers] + [layer.lora_B["default"].weight for layer in layers]
+    for param, value in zip(params, leaves[1:], strict=True):
+        param.copy_(value)
+
+    def each(x, *_params):
+        return [layer(x) for layer in layers]
+
+    def check():
+        with torch.enable_grad():
+            ys = each(leaves[0])
+            grads = torch.autograd.grad(ys, [leaves[0], *params], douts)
+        return judge([*(y.detach() for y in ys), *grads])
+
+    setup.calls["PEFT"], setup.check["PEFT"] = call_of(each, [leaves[0], *params]), check
+    setup.forward["PEFT"] = _enabled(lambda: each(leaves[0]))
+    setup.inputs += [parameter for layer in layers for parameter in layer.parameters()]
+
+
 def _forward(rows: int, size: int, target: Target | None) -> Case:
     return Case(
         "lora_linear",
@@ -202,6 +280,18 @@ def _adapter(method: str, rows: int, size: int, target: Target | None, dropout: 
     )
 
 
+def _group(what: str, rows: int, inner: int, widths: tuple[int, ...], target: Target | None = None) -> Case:
+    total = sum(widths)
+    return Case(
+        "lora_linear",
+        f"{what} of {inner} → {' + '.join(map(str, widths))}, M {rows}, r {_RANK}, fwd+bwd",
+        functools.partial(_build_group, rows=rows, inner=inner, widths=widths),
+        flops=4.0 * rows * inner * total,
+        bytes=4.0 * inner * total + 4.0 * rows * (inner + total),
+        target=target,
+    )
+
+
 def cases(quick: bool = False) -> list[Case]:
     """The rows of the table; `quick` is smaller, and without targets, which are stated for the full shapes."""
     if quick:
@@ -213,6 +303,7 @@ def cases(quick: bool = False) -> list[Case]:
             _adapter("LoRA", 128, 512, None, dropout=0.1),
             _adapter("DoRA", 128, 512, None),
             _adapter("QDoRA", 128, 512, None),
+            _group("QKV group", 128, 192, (192, 64, 64)),
         ]
     return [
         _forward(1, 4096, Target(8.0, 3.0)),
@@ -222,4 +313,8 @@ def cases(quick: bool = False) -> list[Case]:
         _adapter("LoRA", 512, 2048, Target(1.3, 1.3), dropout=0.1),
         _adapter("DoRA", 512, 2048, Target(2.2, 2.2)),
         _adapter("QDoRA", 512, 2048, Target(2.2, 2.2)),
+        _group("QKV group", 1024, 576, (576, 192, 192)),
+        _group("gate/up group", 1024, 576, (1536, 1536)),
+        _group("QKV group", 1024, 2048, (2048, 512, 512)),
+        _group("gate/up group", 1024, 2048, (5632, 5632)),
     ]

@@ -104,26 +104,30 @@ class Op:
         self.overload = getattr(torch.ops.pyfinetune, name).default
         self._nested = "Tensor[]" in schema
         make = _nested_function if self._nested else _eager_function
-        self._function = None if backward is None else make(self.overload, setup_context, backward)
+        self._function = None if backward is None else make(name, self._eager, setup_context, backward)
         REGISTRY[name] = self
 
     def __call__(self, *args):
         # The registered autograd looks each argument up in the schema again for each argument, in Python: 85 us a call
         # for a schema of 17. Eager calls that need gradients take the same two functions without that detour.
-        if self._function is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.overload(*args)
-        flat, shape = (args, None) if not self._nested else _flatten(args)
-        for arg in flat:
-            if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                break
-        else:
+        if self._function is not None and torch.is_grad_enabled():
+            flat, shape = (args, None) if not self._nested else _flatten(args)
+            for arg in flat:
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    if shape is None:
+                        return self._function.apply(*args)
+                    layout = _Layout(shape)
+                    return _nest(self._function.apply(layout, *flat), layout.outputs)
+        return self._eager(*args)
+
+    def _eager(self, *args):
+        """The op without gradients: by the dispatcher, or past it where nothing there could want the call."""
+        if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None or _any_subclass(args):
             return self.overload(*args)
-        if torch._C._are_functorch_transforms_active():  # they know the registered gradient only
-            return self.overload(*args)
-        if shape is None:
-            return self._function.apply(*args)
-        layout = _Layout(shape)
-        return _nest(self._function.apply(layout, *flat), layout.outputs)
+        with torch._C._AutoDispatchBelowAutograd():  # as the dispatcher would
+            return self._run(*args)
 
     def _run(self, *args):
         self.check(*args)
@@ -167,20 +171,32 @@ class Op:
         return Explanation(self.name, chosen, tuple(choices))
 
 
-def _eager_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
+def _any_subclass(values: Sequence) -> bool:
+    """Whether a tensor among the values, or in a list among them, is of a class with a dispatcher of its own."""
+    for value in values:
+        kind = type(value)
+        if kind is list:
+            if _any_subclass(value):
+                return True
+        elif kind is not torch.Tensor and kind is not torch.nn.Parameter and isinstance(value, torch.Tensor):
+            return True
+    return False
+
+
+def _eager_function(name: str, run, setup_context, backward) -> type[torch.autograd.Function]:
     """The op's gradient as a plain autograd function around its registered forward.
 
     `forward` calls `setup_context` itself: with the two apart, torch inspects forward's signature at each call.
     """
 
     def forward(ctx, *args):
-        output = overload(*args)
+        output = run(*args)
         setup_context(ctx, args, output)
         return output
 
     members = {"forward": forward, "backward": backward}
     namespace = {name: staticmethod(function) for name, function in members.items()}
-    return type(f"{overload.__name__}_function", (torch.autograd.Function,), namespace)
+    return type(f"{name}_function", (torch.autograd.Function,), namespace)
 
 
 @dataclass
@@ -212,12 +228,12 @@ def _nest(flat: Sequence, lengths: Sequence[int | None]) -> tuple:
     return tuple(nested)
 
 
-def _nested_function(overload, setup_context, backward) -> type[torch.autograd.Function]:
+def _nested_function(name: str, run, setup_context, backward) -> type[torch.autograd.Function]:
     """The same for an op with lists of tensors: autograd sees tensors only where they are arguments themselves."""
 
     def forward(ctx, layout: _Layout, *flat):
         args = _nest(flat, layout.inputs)
-        output = overload(*args)
+        output = run(*args)
         setup_context(ctx, args, output)
         ctx.layout = layout
         flat_output, layout.outputs = _flatten(output)
@@ -237,7 +253,7 @@ def _nested_function(overload, setup_context, backward) -> type[torch.autograd.F
 
     members = {"forward": forward, "backward": nested_backward}
     namespace = {name: staticmethod(function) for name, function in members.items()}
-    return type(f"{overload.__name__}_function", (torch.autograd.Function,), namespace)
+    return type(f"{name}_function", (torch.autograd.Function,), namespace)
 
 
 def _validated(name: str | None, source: str) -> str | None:

@@ -1,7 +1,7 @@
 // The few SIMD verbs that kernels are written in; every one static, so that no copy compiled for one instruction set
 // can be picked by the linker for another. `Vec` is a vector of kLanes floats. vmin and vmax give their second operand
 // where either is NaN; vload_n and vstore_n touch the first n lanes only (1 <= n <= kLanes) and load zeros behind them;
-// vscale2 is x * 2^n for whole -252 <= n <= 254.
+// vscale2 is x * 2^n for whole -252 <= n <= 254; vselect_negative takes `negative` where x has its sign bit set.
 #pragma once
 #include <stdint.h>
 
@@ -137,6 +137,9 @@ inline void vstore_n(fp16* p, Vec x, int n) { _mm256_mask_storeu_epi16(p, first_
 
 inline Vec vround(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec vscale2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+inline Vec vselect_negative(Vec x, Vec negative, Vec other) {
+  return _mm512_mask_mov_ps(other, _mm512_movepi32_mask(_mm512_castps_si512(x)), negative);
+}
 
 // kWide unsigned 32-bit words, each in the low half of a 64-bit lane; what stands in the high half does not matter.
 // wcounters gives kWide consecutive 64-bit counters, wmul 64-bit products.
@@ -234,6 +237,7 @@ inline Vec vscale2(Vec x, Vec n) {
   const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(exponent, half), bias), 23);
   return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
 }
+inline Vec vselect_negative(Vec x, Vec negative, Vec other) { return _mm256_blendv_ps(other, negative, x); }
 
 constexpr int kWide = 4;
 using Words = __m256i;
@@ -297,6 +301,7 @@ inline Vec vscale2(Vec x, Vec n) {
   const int32_t exponent = int32_t(n), half = exponent >> 1;
   return x * bits_float(uint32_t(half + 127) << 23) * bits_float(uint32_t(exponent - half + 127) << 23);
 }
+inline Vec vselect_negative(Vec x, Vec negative, Vec other) { return float_bits(x) >> 31 ? negative : other; }
 
 constexpr int kWide = 1;
 using Words = uint64_t;

@@ -27,6 +27,12 @@ FAST_BACKENDS = ["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def _fresh_scratch():
+    """Memory that is reused between calls would hide what conftest poisons."""
+    cpu._scratch.buffer = None
+
+
 # 1. reference against float64
 
 
@@ -85,8 +91,8 @@ def test_finite_differences_through_every_backend(backend, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_backend_is_as_good_as_eager(backend, dtype, tokens, options):
-    ignored = 0.3 if tokens > 1 else 0.0
-    hold_to_the_oracle(backend, tokens, 333, 64, dtype=dtype, ignored=ignored, **options)
+    ignored, draws = (0.3, 4) if tokens > 10 else (0.0, 16)
+    hold_to_the_oracle(backend, tokens, 333, 64, dtype=dtype, ignored=ignored, draws=draws, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)

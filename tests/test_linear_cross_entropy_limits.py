@@ -8,13 +8,20 @@ import math
 import pytest
 import torch
 from cross_entropy_cases import IGNORED, LargestAllocation, make, name
-from oracle import BACKWARD, FORWARD, assert_as_good_as
+from oracle import BACKWARD, FORWARD, Guarded, assert_as_good_as
 
 import pyfinetune as pf
+from pyfinetune._native import capsule, native
 from pyfinetune.ops import _linear_cross_entropy_cpu as cpu
 
 FAST_BACKENDS = ["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_scratch():
+    """Memory that is reused between calls would hide what conftest poisons."""
+    cpu._scratch.buffer = None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -115,3 +122,97 @@ def test_wrong_arguments_are_named(backend, change, message):
     case = make(6, 50, 8)
     with pf.use_backend(backend), pytest.raises(pf.InvalidInput, match=f"linear_cross_entropy: .*{message}"):
         dataclasses.replace(case, **change).forward()
+
+
+@pytest.mark.parametrize("cols", [1, 15, 16, 33, 100, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_no_kernel_writes_beside_its_tensor(dtype, cols):
+    rows = 3
+    logits, out = Guarded((rows, cols), dtype), Guarded((rows, cols), dtype)
+    state, total, stats = (
+        Guarded((5, rows), torch.float32),
+        Guarded((rows,), torch.float64),
+        Guarded((2, rows), torch.float32),
+    )
+    sums, table = Guarded((cols,), torch.float32), Guarded((5, cols), torch.float32)
+    logits.tensor.normal_()
+    for guarded in (state, total, sums, table):
+        guarded.tensor.zero_()
+    targets, places, ones = torch.tensor([0, cols - 1, cols]), torch.tensor([4, 0, 4]), torch.ones(rows)
+    handles = [capsule(t) for t in (targets, state.tensor, total.tensor, stats.tensor)]
+    native.cross_entropy_tile(capsule(logits.tensor), None, handles[0], 0, 2.0, *handles[1:], True, 2)
+    native.combine_rows(
+        capsule(out.tensor), None, capsule(logits.tensor), capsule(ones), capsule(logits.tensor), capsule(ones), 2
+    )
+    native.add_rows_at(capsule(table.tensor), capsule(places), capsule(logits.tensor), capsule(ones), 2)
+    native.weighted_column_sums(capsule(logits.tensor), capsule(ones), capsule(sums.tensor), 2)
+    for guarded in (logits, out, state, total, stats, sums, table):
+        guarded.check()
+
+
+def call_tile(cols=8, **change):
+    rows = 3
+    values = {
+        "logits": torch.randn(rows, cols),
+        "bias": torch.zeros(cols),
+        "targets": torch.zeros(rows, dtype=torch.int64),
+        "state": torch.zeros(5, rows),
+        "total": torch.zeros(rows, dtype=torch.float64),
+        "stats": torch.zeros(2, rows),
+    } | change
+    logits, bias, targets, *rest = (capsule(t) for t in values.values())
+    native.cross_entropy_tile(logits, bias, targets, 0, 0.0, *rest, True, 2)
+
+
+def call_combine(**change):
+    matrix, factors = torch.randn(3, 8), torch.ones(3)
+    values = {"out": matrix.clone(), "rows": torch.arange(3), "x": matrix, "a": factors, "y": matrix, "b": factors}
+    native.combine_rows(*(capsule(t) for t in (values | change).values()), 2)
+
+
+def call_add(**change):
+    values = {"out": torch.zeros(5, 8), "rows": torch.arange(3), "y": torch.randn(3, 8), "b": torch.ones(3)} | change
+    native.add_rows_at(*(capsule(t) for t in values.values()), 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "change"),
+    [
+        (call_tile, {"cols": 4097}),
+        (call_tile, {"logits": torch.zeros(3, 8, dtype=torch.int64)}),
+        (call_tile, {"logits": torch.zeros(8, 3).T}),
+        (call_tile, {"bias": torch.zeros(7)}),
+        (call_tile, {"bias": torch.zeros(8, dtype=torch.float16)}),
+        (call_tile, {"targets": torch.zeros(2, dtype=torch.int64)}),
+        (call_tile, {"targets": torch.zeros(3, dtype=torch.int32)}),
+        (call_tile, {"state": torch.zeros(4, 3)}),
+        (call_tile, {"total": torch.zeros(3)}),
+        (call_tile, {"stats": torch.zeros(1, 3)}),
+        (call_combine, {"out": torch.zeros(2, 8), "rows": None}),
+        (call_combine, {"out": torch.zeros(3, 9)}),
+        (call_combine, {"out": torch.zeros(3, 8, dtype=torch.float16)}),
+        (call_combine, {"rows": torch.tensor([0, 1, 3])}),
+        (call_combine, {"rows": torch.tensor([0, -1, 2])}),
+        (call_combine, {"x": torch.zeros(3, 8, dtype=torch.float16)}),
+        (call_combine, {"a": torch.ones(2)}),
+        (call_combine, {"y": torch.zeros(2, 8)}),
+        (call_combine, {"y": torch.zeros(1, 8).expand(3, 8)}),
+        (call_combine, {"b": torch.ones(4)}),
+        (call_add, {"rows": torch.tensor([0, 1, 5])}),
+        (call_add, {"out": torch.zeros(5, 7)}),
+        (call_add, {"out": torch.zeros(5, 8, dtype=torch.bfloat16)}),
+        (call_add, {"b": torch.ones(2)}),
+    ],
+)
+def test_the_bindings_check_again(call, change):
+    call()
+    with pytest.raises(pf.InvalidInput, match="linear_cross_entropy: "):
+        call(**change)
+
+
+def test_explain_names_the_fast_path():
+    case = make((2, 6), 50, 8, bias=True)
+    args = (case.hidden, case.weight, case.labels, case.bias)
+    assert pf.explain("linear_cross_entropy", *args, shift=True, softcap=2.0, reduction="none").backend == "cpu"
+    double = [t.double() if t.is_floating_point() else t for t in args]
+    assert "no kernel for float64" in str(pf.explain("linear_cross_entropy", *double))

@@ -85,9 +85,10 @@ inline Vec vnormal(Vec x, Vec* density) {
   return vselect_negative(vsub(size, vset(1.25f)), vfma(x, q, vset(0.5f)), outer);
 }
 
-// tanh x = t / (t + 2) with t = e^2x - 1, which is made without cancellation where x is small.
+// With t = e^2|x| - 1, made without cancellation: tanh |x| = t / (t + 2), or 1 - 2 / (t + 2) where that rounds less.
 inline Vec vtanh(Vec x) {
-  const Vec y = vmax(vset(-20.0f), vmin(vset(20.0f), vadd(x, x)));  // in this order NaN passes through both
+  const Vec size = vmax(vsub(vzero(), x), x), edge = vsub(vset(0.55f), size), one = vset(1.0f), two = vset(2.0f);
+  const Vec y = vmin(vset(20.0f), vadd(size, size));  // in this order NaN passes through
   const Vec n = vround(vmul(y, vset(1.44269504088896341f)));
   Vec r = vfma(n, vset(-0.693359375f), y);
   r = vfma(n, vset(2.12194440e-4f), r);
@@ -97,9 +98,11 @@ inline Vec vtanh(Vec x) {
   p = vfma(p, r, vset(4.1665795894e-2f));
   p = vfma(p, r, vset(1.6666665459e-1f));
   p = vfma(p, r, vset(5.0000001201e-1f));
-  const Vec one = vset(1.0f), power = vscale2(one, n);
+  const Vec power = vscale2(one, n);
   const Vec t = vfma(power, vfma(vmul(r, r), p, r), vsub(power, one));
-  return vdiv(t, vadd(t, vset(2.0f)));
+  const Vec part = vdiv(vselect_negative(edge, two, t), vadd(t, two));
+  const Vec result = vselect_negative(edge, vsub(one, part), part);
+  return vselect_negative(x, vsub(vzero(), result), result);
 }
 
 // The same functions for results that are rounded to 16 bits at once: to 13 bits relative or better, at half the cost.

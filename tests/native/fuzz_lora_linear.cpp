@@ -74,30 +74,6 @@ void small_matmul(Case& c) {
   });
 }
 
-void row_squares(Case& c) {
-  Random& random = c.random;
-  const DType dtype = random.pick(kFloats);
-  const int64_t rows = random.size(20), cols = random.size(c.limit(300, 12000));
-  const int64_t stride = cols + (random.one_in(2) ? random.between(1, 40) : 0);
-  const Values values = random.pick({Values::whole, Values::mild, Values::wide, Values::special});
-  const Buffer w(random, dtype, rows > 0 ? (rows - 1) * stride + cols : 0, values);
-  c.describe("row_squares", "%s [%lld, %lld] %s, stride %lld", dtype_name(dtype), ll(rows), ll(cols), name_of(values),
-             ll(stride));
-  std::vector<Expected> expected(size_t(rows), Expected{});
-  for (int64_t i = 0; i < rows; ++i) {
-    Sum sum;
-    for (int64_t j = 0; j < cols; ++j) {
-      const double x = load(dtype, w.data(), i * stride + j);
-      sum.add(x, x);
-    }
-    expected[size_t(i)] = sum.expected();
-  }
-  c.run({{"squares", DType::f32, 1, rows, rows, values == Values::whole, &expected}},
-        [&](const KernelTable& kernels, void* const* out) {
-          kernels.row_squares(w.data(), dtype, rows, cols, stride, static_cast<float*>(out[0]), c.threads);
-        });
-}
-
 void dropout(Case& c) {
   Random& random = c.random;
   const DType dtype = random.pick(kFloats);
@@ -137,20 +113,16 @@ const Fault kFaults[] = {
          scalar::table.small_matmul_4bit(w, taller, threads);
        };
      }},
-    {"squares of a long row are off by a hundredth", false,
+    {"the last element is forgotten", false,
      [](KernelTable& table) {
-       table.row_squares = [](const void* w, DType dtype, int64_t rows, int64_t cols, int64_t stride, float* squares,
-                              int threads) {
-         scalar::table.row_squares(w, dtype, rows, cols, stride, squares, threads);
-         if (rows > 0 && cols > 64) squares[rows - 1] *= 1.01f;
+       table.dropout = [](const void* x, void* out, DType dtype, int64_t n, double p, uint64_t seed, int threads) {
+         scalar::table.dropout(x, out, dtype, n > 32 ? n - 1 : n, p, seed, threads);
        };
      }},
-    {"the gap behind a row counts", false,
+    {"what is kept is not scaled enough", false,
      [](KernelTable& table) {
-       table.row_squares = [](const void* w, DType dtype, int64_t rows, int64_t cols, int64_t stride, float* squares,
-                              int threads) {
-         scalar::table.row_squares(w, dtype, rows, cols, stride, squares, threads);
-         if (rows > 1 && stride > cols) scalar::table.row_squares(w, dtype, 1, cols + 1, stride, squares, threads);
+       table.dropout = [](const void* x, void* out, DType dtype, int64_t n, double p, uint64_t seed, int threads) {
+         scalar::table.dropout(x, out, dtype, n, n > 64 ? 0.999 * p : p, seed, threads);
        };
      }},
     {"the mask of another counter", false,
@@ -189,7 +161,7 @@ const Fault kFaults[] = {
 }  // namespace
 
 const Op kLoraLinear = {
-    "lora_linear", 8, {small_matmul, row_squares, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
+    "lora_linear", 8, {small_matmul, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

@@ -65,10 +65,9 @@ def test_patched_inside_of_the_wrapper(found):
 
 def test_a_trainer_in_two_processes(found, tmp_path):
     """Four rows in each are eight in one."""
+    import trainer_runs
     from hf_models import make
     from trainer_runs import trained
-
-    import trainer_runs
 
     for method in ("full", "lora"):
         results = []

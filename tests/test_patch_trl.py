@@ -16,10 +16,10 @@ import pyfinetune as pf
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from datasets import Dataset  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
-from pyfinetune.hf.script import PatchAtStart  # noqa: E402
+from pyfinetune.hf.script import PatchAtStart
 
 BATCHES = {
     "packed": {"packing": True, "packing_strategy": "bfd", "max_length": 24},

@@ -1,4 +1,4 @@
-"""`patch` and loops of one's own: plain PyTorch, accelerate, autocast, checkpointing, and what scripts do with logits."""
+"""`patch` and loops of one's own: plain PyTorch, accelerate, autocast, checkpointing, and what scripts do to logits."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_documents_of_a_batch_do_not_see_each_other(name, batches, tmp_path):
         moved = model(**other, use_cache=False).logits
         assert torch.equal(together[0, starts[1] :], moved[0, starts[1] :])
         assert not torch.equal(together[0, : starts[1]], moved[0, : starts[1]])
-        for first, last in zip(starts, starts[1:], strict=False):
+        for first, last in itertools.pairwise(starts):
             ids = batch["input_ids"][:, first:last]
             with widened(True):
                 exact = {"logits": wide(input_ids=ids).logits[0]}

@@ -62,7 +62,9 @@ def test_copies_and_pickles_are_patched_and_on_their_own(name, adapters):
 def test_a_pickled_model_runs_in_a_new_process(tmp_path):
     model = make("Llama")
     pf.patch(model)
-    torch.save({"model": model, "loss": model(**INPUTS["Llama"]).loss.item(), "inputs": INPUTS["Llama"]}, tmp_path / "m")
+    torch.save(
+        {"model": model, "loss": model(**INPUTS["Llama"]).loss.item(), "inputs": INPUTS["Llama"]}, tmp_path / "m"
+    )
     script = (
         "import sys, torch; kept = torch.load(sys.argv[1], weights_only=False); "
         "loss = kept['model'](**kept['inputs']).loss.item(); "

@@ -1,4 +1,4 @@
-"""`patch` and loops of one's own: plain PyTorch, accelerate, autocast, checkpointing, and what scripts do with logits."""
+"""`patch` and loops of one's own: PyTorch, accelerate, autocast, checkpointing, and what scripts do with logits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ import pyfinetune as pf
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from pyfinetune.errors import InvalidInput  # noqa: E402
-from pyfinetune.hf import causal_lm_loss  # noqa: E402
-from pyfinetune.hf.causal_lm_loss import LazyLogits  # noqa: E402
+from pyfinetune.errors import InvalidInput
+from pyfinetune.hf import causal_lm_loss
+from pyfinetune.hf.causal_lm_loss import LazyLogits
 
 
 def model_of(method: str, name: str = "Llama", dtype: torch.dtype = torch.float32) -> nn.Module:

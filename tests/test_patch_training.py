@@ -17,10 +17,10 @@ import pyfinetune as pf
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from transformers import Trainer, TrainerCallback  # noqa: E402
+from transformers import Trainer, TrainerCallback
 
-from pyfinetune.hf.causal_lm_loss import LazyLogits  # noqa: E402
-from pyfinetune.hf.script import PatchAtStart  # noqa: E402
+from pyfinetune.hf.causal_lm_loss import LazyLogits
+from pyfinetune.hf.script import PatchAtStart
 
 # In what the model is kept, and what the Trainer is told.
 PRECISIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ import pyfinetune as pf
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from datasets import Dataset  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
-from pyfinetune.hf.script import PatchAtStart  # noqa: E402
+from pyfinetune.hf.script import PatchAtStart
 
 BATCHES = {
     "packed": {"packing": True, "packing_strategy": "bfd", "max_length": 24},
@@ -111,7 +112,7 @@ def test_documents_of_a_batch_do_not_see_each_other(name, batches, tmp_path):
         moved = model(**other, use_cache=False).logits
         assert torch.equal(together[0, starts[1] :], moved[0, starts[1] :])
         assert not torch.equal(together[0, : starts[1]], moved[0, : starts[1]])
-        for first, last in zip(starts, starts[1:], strict=False):
+        for first, last in itertools.pairwise(starts):
             ids = batch["input_ids"][:, first:last]
             with widened(True):
                 exact = {"logits": wide(input_ids=ids).logits[0]}

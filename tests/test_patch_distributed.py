@@ -11,7 +11,7 @@ import pytest
 import torch
 from hf_models import exact_run, make, run, with_lora
 from peft_models import assert_close
-from trainer_runs import batch_of, rows
+from trainer_runs import batch_of, rows, trained
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -35,12 +35,15 @@ def expected(request) -> tuple[str, dict, dict]:
     """The same batch in one process, unpatched, and in float64."""
     model = with_lora(make("Qwen2")) if request.param == "lora" else make("Qwen2")
     batch = batch_of(rows(4))
-    quantities = [part(model, batch) for part in (run, exact_run)]
-    return request.param, *({key: value for key, value in part.items() if key != "logits"} for part in quantities)
+    return request.param, *(without(part(model, batch), "logits") for part in (run, exact_run))
+
+
+def without(part: dict, key: str) -> dict:
+    return {name: value for name, value in part.items() if name != key}
 
 
 def assert_right(step: dict, eager: dict, exact: dict, dtype: torch.dtype = torch.float32) -> None:
-    assert_close({key: value for key, value in step.items() if key != "lazy"}, eager, exact, dtype)
+    assert_close(without(step, "lazy"), eager, exact, dtype)
 
 
 def same_bits(a: dict, b: dict) -> bool:
@@ -65,31 +68,30 @@ def test_patched_inside_of_the_wrapper(found):
 
 def test_a_trainer_in_two_processes(found, tmp_path):
     """Four rows in each are eight in one."""
+<<<<<<< HEAD
     import trainer_runs
     from hf_models import make
     from trainer_runs import trained
 
+=======
+>>>>>>> scripts
     for method in ("full", "lora"):
         results = []
         for exact in (False, True):
             model = with_lora(make("Qwen2")) if method == "lora" else make("Qwen2")
-            many = pytest.MonkeyPatch()
-            many.setattr(trainer_runs, "rows", lambda: rows(24))
-            try:
-                results.append(trained(model, tmp_path, exact, per_device_train_batch_size=8, max_steps=3)[0])
-            finally:
-                many.undo()
-        eager, exact = ({key: value for key, value in part.items() if key != "losses"} for part in results)
+            options = {"per_device_train_batch_size": 8, "max_steps": 3, "dataset": rows(24)}
+            results.append(without(trained(model, tmp_path, exact, **options)[0], "losses"))
+        eager, exact = results
         ours, plain = (found[0][f"trainer {method} {kind}"] for kind in ("patched", "plain"))
-        assert same_bits(ours | {"losses": 0}, found[1][f"trainer {method} patched"] | {"losses": 0})
+        assert same_bits(without(ours, "losses"), without(found[1][f"trainer {method} patched"], "losses"))
         torch.testing.assert_close(ours["losses"], plain["losses"])
         for part in (ours, plain):
-            assert_close({key: part[key] for key in eager}, eager, exact, torch.float32)
+            assert_close(without(part, "losses"), eager, exact, torch.float32)
 
 
 def test_sharded(found):
     model, batch = make("Qwen2"), batch_of(rows(4))
-    eager, exact = ({k: v for k, v in part(model, batch).items() if k != "logits"} for part in (run, exact_run))
+    eager, exact = (without(part(model, batch), "logits") for part in (run, exact_run))
     for rank in found:
         for name in ("fsdp", "fsdp head", "fsdp mlp", "fsdp first"):
             assert_right(rank[name]["patched"], eager, exact)
@@ -97,9 +99,8 @@ def test_sharded(found):
             assert_right(rank[name]["after undo"], eager, exact)
         assert rank["fsdp"]["patched"]["lazy"]
         assert not rank["fsdp head"]["patched"]["lazy"]  # its weight is gone when the loss comes
-        # Reference: the same arrangement without the patch.
-        bf16 = rank["fsdp bf16"]
-        assert_right(bf16["patched"], bf16["after undo"], exact, torch.bfloat16)
+        bf16 = rank["fsdp bf16"]  # against the same arrangement, unpatched
+        assert_right(bf16["patched"], without(bf16["after undo"], "lazy"), exact, torch.bfloat16)
 
 
 def test_undo_is_refused_where_fsdp_has_changed_what_was_swapped(found):

@@ -90,12 +90,14 @@ def result_of(losses: list[torch.Tensor], model: nn.Module) -> dict[str, torch.T
     return {"losses": torch.stack([loss.detach().double() for loss in losses]), **trained}
 
 
-def trained(model: nn.Module, folder, exact: bool = False, base: type | None = None, callbacks=(), **options):
+def trained(
+    model: nn.Module, folder, exact: bool = False, base: type | None = None, callbacks=(), dataset=None, **options
+):
     """Train with a `transformers.Trainer`; gives the result and the trainer."""
     from transformers import Trainer
 
     model, settings = model.double() if exact else model, arguments(folder, **options)
     with widened(exact):
-        trainer = recorder(base or Trainer)(model, settings, train_dataset=rows(), callbacks=list(callbacks))
+        trainer = recorder(base or Trainer)(model, settings, train_dataset=dataset or rows(), callbacks=list(callbacks))
         trainer.train()
     return result_of(trainer.losses, model), trainer

@@ -66,10 +66,10 @@ def sharded(alone: str | None = None, **options) -> dict[str, dict]:
     """Patched before FSDP takes the layers and the model, and `alone` by itself."""
     module, mesh = make("Qwen2"), init_device_mesh("cpu", (2,))
     report = pf.patch(module)
+    if alone is not None:  # from the inside out
+        fully_shard(module.get_submodule(alone), mesh=mesh, **options)
     for layer in module.model.layers:
         fully_shard(layer, mesh=mesh, **options)
-    if alone is not None:
-        fully_shard(module.get_submodule(alone), mesh=mesh, **options)
     fully_shard(module, mesh=mesh, **options)
     found = {"patched": step(module, module)}
     try:

@@ -68,13 +68,6 @@ def test_patched_inside_of_the_wrapper(found):
 
 def test_a_trainer_in_two_processes(found, tmp_path):
     """Four rows in each are eight in one."""
-<<<<<<< HEAD
-    import trainer_runs
-    from hf_models import make
-    from trainer_runs import trained
-
-=======
->>>>>>> scripts
     for method in ("full", "lora"):
         results = []
         for exact in (False, True):

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""`patch` and loops of one's own: plain PyTorch, accelerate, autocast, checkpointing, and what scripts do to logits."""
-=======
 """`patch` and loops of one's own: PyTorch, accelerate, autocast, checkpointing, and what scripts do with logits."""
->>>>>>> scripts
 
 from __future__ import annotations
 

@@ -160,8 +160,7 @@ const Fault kFaults[] = {
 
 }  // namespace
 
-const Op kLoraLinear = {
-    "lora_linear", 8, {small_matmul, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
+const Op kLoraLinear = {"lora_linear", 8, {small_matmul, dropout, dropout}, {std::begin(kFaults), std::end(kFaults)}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

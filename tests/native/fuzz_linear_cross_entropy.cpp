@@ -100,9 +100,9 @@ void tile_row(const CrossEntropyTile& p, const MatrixInput& x, const MatrixInput
     double value = total.value > 0.0 ? share.value / total.value : 0.0;
     double error = low > 0.0 ? (share.error + value * total.error) / low + value * 4 * kUnit : 1.0;
     error = std::min(error, 1.0) + kTiny;
+    // What is left of a tile beside a label that is certain: any share will do, but no infinity.
+    if (total.value < 0x1p-120) value = 0.5, error = 0.5 + kTiny;
     if (j == label) value = error = 0.0;
-    // What is left of a tile beside a label that is certain is not looked at.
-    if (total.value < 0x1p-120) error = kAnything;
     r.logits.push_back(odd ? anything : Expected{value, error});
   }
   const Expected old = exact(before.peak[at]);

@@ -210,7 +210,7 @@ struct Op {
   std::vector<Fault> faults;
 };
 
-extern const Op kNf4, kLoraLinear, kVarlenAttn;
+extern const Op kNf4, kLoraLinear, kLoraThin, kVarlenAttn, kRmsNorm, kGlu, kRope, kLinearCrossEntropy;
 
 // What is being run, for whoever prints a report.
 struct Position {

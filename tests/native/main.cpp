@@ -25,7 +25,8 @@ namespace avx512_bf16 { extern const KernelTable table; }
 namespace fuzz {
 namespace {
 
-const Op* const kOps[] = {&kNf4, &kLoraLinear, &kVarlenAttn};
+const Op* const kOps[] = {&kNf4, &kLoraLinear, &kVarlenAttn, &kRmsNorm,
+                          &kGlu, &kRope,       &kLoraThin,   &kLinearCrossEntropy};
 
 constexpr int kDifference = 1, kUsage = 2, kReport = 3;  // exit codes; kReport is a sanitizer's
 

@@ -216,3 +216,16 @@ def test_explain_names_the_fast_path():
     assert pf.explain("linear_cross_entropy", *args, shift=True, softcap=2.0, reduction="none").backend == "cpu"
     double = [t.double() if t.is_floating_point() else t for t in args]
     assert "no kernel for float64" in str(pf.explain("linear_cross_entropy", *double))
+
+
+@pytest.mark.parametrize("gap", [80.0, 88.0, 90.0, 96.0, 103.0, 110.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_label_far_above_all_others_has_a_finite_gradient(dtype, gap):
+    """The sum of the others is subnormal then, and its reciprocal infinite."""
+    hidden = torch.ones(3, 1, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(40, 1, dtype=dtype)
+    weight[7] = gap
+    loss = pf.ops.linear_cross_entropy(hidden, weight, torch.full((3,), 7))
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == 0.0
+    assert torch.equal(grad, torch.zeros_like(grad)) or grad.abs().max() < 1e-30

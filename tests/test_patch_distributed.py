@@ -77,7 +77,8 @@ def test_a_trainer_in_two_processes(found, tmp_path):
         eager, exact = results
         ours, plain = (found[0][f"trainer {method} {kind}"] for kind in ("patched", "plain"))
         assert same_bits(without(ours, "losses"), without(found[1][f"trainer {method} patched"], "losses"))
-        torch.testing.assert_close(ours["losses"], plain["losses"])
+        # Losses are float32, rounded once more by each process that takes part in the mean.
+        torch.testing.assert_close(ours["losses"], plain["losses"], rtol=4 * torch.finfo(torch.float32).eps, atol=0.0)
         for part in (ours, plain):
             assert_close(without(part, "losses"), eager, exact, torch.float32)
 

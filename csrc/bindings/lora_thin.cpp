@@ -162,6 +162,7 @@ void dora_norms(const py::object& weight, const py::object& a, const py::object&
   const TensorView w = matrix(weight, kOp, "weight"), left = matrix(b, kOp, "lora_b");
   const int64_t n = w.shape[0], k = w.shape[1], r = left.shape[1];
   check_shape(left, n, r, "lora_b");
+  PYFINETUNE_CHECK(r > 0, "lora_linear: lora_a has no rows, and DoRA needs a rank of at least 1");
   const auto* up = static_cast<const float*>(flat(b, kOp, "lora_b", DType::f32, n * r).data);
   const TensorView small = adapter(a, "lora_a", r, k);
   const auto* products = static_cast<const float*>(flat(gram, kOp, "gram", DType::f32, checked_mul(r, r, kOp)).data);

@@ -109,7 +109,8 @@ inline void tile_row(const CrossEntropyTile& p, int64_t row, RowScratch& scratch
   const bool some = peak > -kInfinity;
   const float top = some ? peak : 0.0f;
   const double total = capped ? exponentials<true>(scratch, p.cols, top) : exponentials<false>(scratch, p.cols, top);
-  if (p.write) store_scaled(scratch.z, p.cols, total == 0.0 ? 0.0f : float(1.0 / total), x);
+  // Below the smallest normal number the reciprocal would be infinite; such shares are zero beside the label's.
+  if (p.write) store_scaled(scratch.z, p.cols, total < 0x1p-126 ? 0.0f : float(1.0 / total), x);
   const float before = p.peak[row], now = before > peak ? before : peak;
   const float keep = before > -kInfinity ? exp_of(before - now) : 0.0f;
   const double add = total * double(some ? exp_of(peak - now) : 1.0f);

@@ -31,7 +31,9 @@ using Panel = typename PanelOf<T>::type;
 template <class P>
 constexpr int kStep = int(4 / sizeof(P));  // elements of the sum in one step
 
-constexpr int kSegment = 256;  // longest chain of steps: a longer one would gather rounding errors
+// Longest chain of steps: a longer one would gather rounding errors, sooner where nothing is rounded to 16 bits later.
+template <class T>
+constexpr int kSegmentOf = sizeof(T) == 4 ? 32 : 256;
 constexpr int kMaxVectors = 4;
 
 #if defined(__AVX512F__)
@@ -278,7 +280,7 @@ template <class T, int NV, class Done>
 void multiply_rows(const LeftRows& left, const Panel<T>* packed, int64_t strips, int64_t begin, int64_t end,
                    const Done& done) {
   using P = Panel<T>;
-  constexpr int MB = kLeftRows[NV];
+  constexpr int MB = kLeftRows[NV], kSegment = kSegmentOf<T>;
   constexpr int64_t kWidth = NV * kLanes;
   alignas(64) P panel[MB * kSegment];
   alignas(64) float sums[MB * kWidth];

@@ -14,7 +14,8 @@ namespace PYFINETUNE_ISA {
 namespace {
 namespace thin {
 
-constexpr int kDepth = 128;  // rows of X in a slice of `outer`
+template <class T>
+constexpr int kDepthOf = sizeof(T) == 4 ? 32 : 128;  // rows of X in a slice of `outer`; as kSegmentOf
 constexpr int kRankPad = 8;
 #if defined(__AVX512F__)
 constexpr int kOuterRows[kMaxVectors + 1] = {0, 8, 8, 4, 4};  // divisors of kRankPad
@@ -165,7 +166,7 @@ void store_outer(const ThinOuter& p, const float* sums, int64_t width, int64_t c
 template <class T, int NV>
 void outer_strips(const ThinOuter& p, const Panel<T>* left, int threads) {
   using P = Panel<T>;
-  constexpr int MB = kOuterRows[NV];
+  constexpr int MB = kOuterRows[NV], kDepth = kDepthOf<T>;
   constexpr int64_t kWidth = NV * kLanes;
   const int64_t rank = padded(p.r, kRankPad), left_row = padded(p.r, max64(kLanes, kRankPad)) * kStep<P>;
   parallel_for((p.n + kWidth - 1) / kWidth, 1, threads, [&](int64_t begin, int64_t end) {

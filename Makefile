@@ -23,7 +23,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 FUZZ_FLAGS ?= --calls 1000000
 NATIVE := $(shell find csrc -type f -not -name ".*") CMakeLists.txt cmake/isa.cmake
 CXX_FILES = $(shell find csrc tests/native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
-OP_TESTS = $(wildcard $(patsubst pyfinetune/ops/%.py,tests/test_%.py,$(wildcard pyfinetune/ops/[a-z]*.py)))
+OPS = $(patsubst pyfinetune/ops/%.py,%,$(wildcard pyfinetune/ops/[a-z]*.py))
+OP_TESTS = $(sort $(foreach op,$(OPS),$(wildcard tests/test_$(op)*.py)) tests/test_lora_thin.py tests/test_row_kernels.py)
 
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

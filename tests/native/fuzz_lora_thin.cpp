@@ -219,7 +219,7 @@ void dora_norms(Case& c) {
     Sum square(dtype == DType::bf16);
     for (int64_t l = 0; l < k; ++l) square.add(w.at(i, l), w.at(i, l));
     const Expected first = square.expected();
-    double value = first.value, error = first.error, magnitude = std::fabs(first.value);
+    double value = first.value, error = first.error, magnitude = std::fabs(first.value), largest = 0.0, weights = 0.0;
     for (int64_t j = 0; j < r; ++j) {
       Sum cross(dtype == DType::bf16);
       for (int64_t l = 0; l < k; ++l) a.add(cross, w.at(i, l), l, j);
@@ -228,14 +228,20 @@ void dora_norms(Case& c) {
       value += factor * x.value;
       magnitude += std::fabs(factor * x.value);
       error += std::fabs(factor) * x.error;
+      double inner = std::fabs(2.0 * x.value);
       for (int64_t l = 0; l < r; ++l) {
         const double term = scaling * scaling * b.at(i, j) * b.at(i, l) * gram.at(l, j);
         value += term;
         magnitude += std::fabs(term);
+        inner += std::fabs(2.0 * b.at(i, l) * gram.at(l, j));
       }
+      largest = std::max(largest, inner);
+      weights += std::fabs(b.at(i, j));
     }
-    error += magnitude * 0x1p-44;  // thousands of additions in double
-    if (!(magnitude + error < 0x1p126)) {
+    // Each term goes through r additions for its column, r for all columns, and a handful of other roundings; what
+    // underflows within a column is multiplied by a weight afterwards.
+    error += magnitude * double(2 * r + 8) * 0x1p-24 + weights * double(r + 2) * 0x1p-148;
+    if (!(std::max(magnitude + error, largest) < 0x1p126)) {
       norms.push_back({0.0, kAnything});
       continue;
     }

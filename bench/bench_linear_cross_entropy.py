@@ -126,5 +126,4 @@ def cases(quick: bool = False) -> list[Case]:
         _case(sizes, Target(4.5, 2.8), ignored=0.6),
         _case(sizes, trains=True),
         _case(sizes, dtype=torch.float32),
-        _case((1024, 2048, 128256)),
     ]

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from pyfinetune.bench.harness import synchronizer
-
 _COPY_BYTES = 256 << 20
 _GEMM_SIZE = 2048
+COPY, GEMM_BF16, GEMM_FP32 = RATES = ("copy_gbs", "gemm_bf16_gflops", "gemm_fp32_gflops")
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """Waits until the device has done what it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def yardstick(rate: str, device: torch.device) -> tuple[Callable[[], object], float]:
+    """A call that shows one of the `RATES`, and its work: 1e9 bytes read and written, or 1e9 operations."""
+    if rate == COPY:
+        source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        return lambda: target.copy_(source), 2 * _COPY_BYTES / 1e9
+    a = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(torch.bfloat16 if rate == GEMM_BF16 else torch.float32)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a.T, out=out), 2 * _GEMM_SIZE**3 / 1e9
 
 
 def _best(call, sync, rounds: int) -> float:
@@ -37,14 +53,10 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> dict[str, flo
         `copy_gbs`: bytes read and written a second, in GB/s; `gemm_bf16_gflops` and `gemm_fp32_gflops`.
     """
     sync, rounds = synchronizer(device), 3 if quick else 9
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    rates = {"copy_gbs": 2 * _COPY_BYTES / _best(lambda: target.copy_(source), sync, rounds) / 1e9}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype)
-        out = torch.empty_like(a)
-        seconds = _best(lambda a=a, out=out: torch.mm(a, a.T, out=out), sync, rounds)
-        rates[f"gemm_{name}_gflops"] = 2 * _GEMM_SIZE**3 / seconds / 1e9
+    rates = {}
+    for rate in RATES:
+        call, work = yardstick(rate, device)
+        rates[rate] = work / _best(call, sync, rounds)
     return rates
 
 

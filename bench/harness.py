@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 
+from pyfinetune.bench.ceilings import COPY, GEMM_BF16, GEMM_FP32, synchronizer, yardstick
+
 OURS = "ours"
+MACHINE = "machine"
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
+LONG_CALL = 3.0  # seconds; what takes longer is warm after one call
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,14 @@ class Case:
     versus: str | None = None
 
 
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Waits until the device has done what it was given."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def _warm_up(call: Callable[[int], Any], sync: Callable[[], None]) -> None:
+    """Call once to allocate and pick kernels, and again to meet what the first left, unless that is lost in the noise."""
+    start = time.perf_counter()
+    call(0)
+    sync()
+    if time.perf_counter() - start < LONG_CALL:
+        call(1)
+        sync()
 
 
 def interleave(
@@ -102,6 +111,7 @@ def interleave(
     seconds: float,
     sync: Callable[[], None] = lambda: None,
     min_rounds: int = MIN_ROUNDS,
+    machine: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Time the calls in turn.
 
@@ -110,16 +120,16 @@ def interleave(
         seconds: how long to go on, once there are `min_rounds` rounds.
         sync: waits for the device.
         min_rounds: least number of times that each is called.
+        machine: timed at the beginning of each round, to see what the machine itself could do at that time.
 
     Returns:
-        Seconds of each call, in order, by name.
+        Seconds of each call, in order, by name; of `machine` under the name `MACHINE`.
     """
-    names = list(calls)
-    for name in names:
-        for i in range(2):  # the first call allocates and picks kernels, the second meets what the first left
-            calls[name](i)
-        sync()
-    times: dict[str, list[float]] = {name: [] for name in names}
+    names, calls = list(calls), {MACHINE: lambda i: machine(), **calls}
+    first = [MACHINE] if machine else []
+    for name in first + names:
+        _warm_up(calls[name], sync)
+    times: dict[str, list[float]] = {name: [] for name in first + names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -129,7 +139,7 @@ def interleave(
             if i >= min_rounds and time.perf_counter() > end:
                 break
             # Another one goes first each round: a place in the order is an advantage in itself.
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in first + names[i % len(names) :] + names[: i % len(names)]:
                 start = time.perf_counter()
                 calls[name](i)
                 sync()
@@ -157,10 +167,10 @@ def saved_bytes(forward: Callable[[], Any], inputs: list[torch.Tensor]) -> int:
     return sum(kept.values())
 
 
-def floor_seconds(case: Case, ceilings: Mapping[str, float]) -> float:
-    """The least time that the machine's own rates allow."""
-    rate = ceilings["gemm_bf16_gflops" if case.dtype == torch.bfloat16 else "gemm_fp32_gflops"]
-    return max(case.flops / (rate * 1e9), case.bytes / (ceilings["copy_gbs"] * 1e9))
+def floor_seconds(case: Case, ceilings: Mapping[str, float]) -> dict[str, float]:
+    """The least time that each of the machine's own rates allows, by the rate's name."""
+    gemm = GEMM_BF16 if case.dtype == torch.bfloat16 else GEMM_FP32
+    return {gemm: case.flops / (ceilings[gemm] * 1e9), COPY: case.bytes / (ceilings[COPY] * 1e9)}
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:
@@ -175,7 +185,8 @@ def measure(case: Case, device: torch.device, ceilings: Mapping[str, float], sec
     Args:
         case: what to measure.
         device: where.
-        ceilings: the machine's rates, from `ceilings.measure_ceilings`.
+        ceilings: the machine's rates, from `ceilings.measure_ceilings`, which say what bounds the case; how long that
+            takes is measured again beside the calls, as a machine that others share slows down and speeds up.
         seconds: time to spend on timing.
 
     Returns:
@@ -192,13 +203,20 @@ def measure(case: Case, device: torch.device, ceilings: Mapping[str, float], sec
             if name in setup.forward and verdict.ok:
                 results[name]["saved_mb"] = saved_bytes(setup.forward[name], setup.inputs) / 2**20
         right = {name: setup.calls[name] for name, result in results.items() if result["ok"]}
+        floors = floor_seconds(case, ceilings)
+        bound = max(floors, key=floors.get)
+        floor = floors[bound]
         if OURS in right:
-            for name, times in interleave(right, seconds, synchronizer(device)).items():
-                results[name] |= _summary(times)
+            machine, work = yardstick(bound, device)
+            times = interleave(right, seconds, synchronizer(device), machine=machine)
+            floor *= ceilings[bound] * statistics.median(times.pop(MACHINE)) / work
+            for name, taken in times.items():
+                results[name] |= _summary(taken)
     return {
         "op": case.op,
         "case": case.name,
-        "floor_ms": floor_seconds(case, ceilings) * 1e3,
+        "bound": bound,
+        "floor_ms": floor * 1e3,
         "target": None if case.target is None else vars(case.target),
         "targets": {name: vars(target) for name, target in case.targets.items()},
         "isa": case.isa,

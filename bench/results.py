@@ -186,8 +186,8 @@ def ceilings_line(result: dict[str, Any]) -> str:
 
 EXPLANATION = (
     "Pairs are with the allocator as it comes / with recycled pages; the headline is the smaller ratio. "
-    "'of limit': time that the machine's own GEMM and copy rates allow / our time. 'saved': kept for the backward "
-    "pass, ours / peer."
+    "'of limit': time that the machine's own GEMM or copy rate, measured between the calls, allows / our time. "
+    "'saved': kept for the backward pass, ours / peer."
 )
 
 

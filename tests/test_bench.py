@@ -21,6 +21,7 @@ from pyfinetune.bench import (
     cases_of,
     ceilings,
     checks,
+    harness,
     op_names,
     peers,
     report,
@@ -87,6 +88,13 @@ def result(**runs):
     }
 
 
+@pytest.fixture(autouse=True)
+def small_yardsticks(monkeypatch):
+    """The machine's rates on small operands: what they are does not matter here."""
+    monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "_GEMM_SIZE", 64)
+
+
 class TestHarness:
     def test_calls_take_turns_and_turns_rotate(self):
         seen = []
@@ -95,6 +103,12 @@ class TestHarness:
         timed = seen[6:]  # two warm-up calls each come first
         assert [name for name, _ in timed] == list("abcbcacababcbca")
         assert [i for _, i in timed] == [i for i in range(5) for _ in range(3)]
+
+    def test_a_long_call_is_warmed_up_once(self, monkeypatch):
+        monkeypatch.setattr(harness, "LONG_CALL", 0.0)
+        seen = []
+        interleave({"a": seen.append}, 0.0)
+        assert seen == [0, *range(5)]
 
     def test_goes_on_for_the_time_given_and_not_for_ever(self):
         assert len(interleave({"a": lambda i: None}, 60.0)["a"]) == MAX_ROUNDS
@@ -130,9 +144,25 @@ class TestHarness:
         assert {name for name, _ in calls} == {OURS}
 
     def test_floor_is_the_larger_of_work_and_traffic(self):
-        assert floor_seconds(make_case(), RATES) == pytest.approx(0.01)
-        assert floor_seconds(Case("o", "c", None, flops=4e9, dtype=torch.float32), RATES) == pytest.approx(0.04)
-        assert floor_seconds(Case("o", "c", None, flops=4e6, bytes=1e9), RATES) == pytest.approx(0.1)
+        floors = {"gemm_bf16_gflops": pytest.approx(0.01), "copy_gbs": pytest.approx(1e-4)}
+        assert floor_seconds(make_case(), RATES) == floors
+        floats = Case("o", "c", None, flops=4e9, dtype=torch.float32, bytes=1e9)
+        assert floor_seconds(floats, RATES) == {"gemm_fp32_gflops": pytest.approx(0.04), "copy_gbs": pytest.approx(0.1)}
+
+    def test_the_floor_is_measured_beside_the_calls(self, monkeypatch):
+        """A machine that took twice as long for its own copy during the rounds sets a floor twice as high."""
+        monkeypatch.setattr(harness, "yardstick", lambda rate, device: (lambda: None, {"copy_gbs": 3e9}[rate]))
+        monkeypatch.setattr(harness, "interleave", lambda *a, machine: {harness.MACHINE: [0.5, 0.6, 9.0], OURS: [1, 1]})
+        measured = measure(replace(make_case(), bytes=1e9), CPU, RATES, 0.0)
+        assert measured["bound"] == "copy_gbs"
+        assert measured["floor_ms"] == pytest.approx(1e3 * 0.6 / 3e9)
+
+    def test_the_machine_comes_first_in_each_round(self):
+        seen = []
+        calls = {name: lambda i, n=name: seen.append(n) for name in "ab"}
+        times = interleave(calls, 0.0, min_rounds=2, machine=lambda: seen.append("m"))
+        assert "".join(seen) == "mmaabb" + "mab" + "mba"
+        assert set(times) == {harness.MACHINE, "a", "b"}
 
     def test_saved_bytes_counts_what_the_inputs_do_not_own(self):
         x = torch.randn(100, requires_grad=True)
@@ -140,9 +170,7 @@ class TestHarness:
         assert saved_bytes(lambda: x.exp().exp(), [x]) == 800
         assert saved_bytes(lambda: x[:50] * x[50:], [x]) == 0
 
-    def test_ceilings_are_rates(self, monkeypatch):
-        monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
-        monkeypatch.setattr(ceilings, "_GEMM_SIZE", 64)
+    def test_ceilings_are_rates(self):
         rates = ceilings.measure_ceilings(CPU, quick=True)
         assert set(rates) == set(RATES)
         assert all(rate > 0 for rate in rates.values())

@@ -10,7 +10,6 @@ from oracle import BACKWARD, FORWARD, assert_as_good_as, error
 
 import pyfinetune as pf
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["out", "lse", "dq", "dk", "dv"]
 
 

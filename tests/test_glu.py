@@ -7,14 +7,13 @@ import itertools
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS
 from oracle import BACKWARD, FORWARD, assert_as_good_as, layouts
 
 import pyfinetune as pf
 from pyfinetune.ops._op import REGISTRY
 from pyfinetune.ops.glu import ACTIVATIONS
 
-FAST_BACKENDS = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS
 from cross_entropy_cases import (
     IGNORED,
     OPTIONS,
@@ -23,8 +24,6 @@ from pyfinetune._native import capsule, native
 from pyfinetune.ops import _linear_cross_entropy_cpu as cpu
 from pyfinetune.ops._op import REGISTRY
 
-FAST_BACKENDS = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)

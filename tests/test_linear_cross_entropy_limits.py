@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS
 from cross_entropy_cases import IGNORED, LargestAllocation, make, name
 from oracle import BACKWARD, FORWARD, Guarded, assert_as_good_as
 
@@ -14,8 +15,6 @@ import pyfinetune as pf
 from pyfinetune._native import capsule, native
 from pyfinetune.ops import _linear_cross_entropy_cpu as cpu
 
-FAST_BACKENDS = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS
 from lora_cases import eager, make, upstream
 from oracle import BACKWARD, FORWARD, assert_as_good_as, layouts
 
@@ -13,8 +14,6 @@ import pyfinetune as pf
 from pyfinetune.ops import _lora_linear_cpu as cpu
 from pyfinetune.ops._op import REGISTRY
 
-FAST_BACKENDS = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def name(value):

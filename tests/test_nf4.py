@@ -10,16 +10,15 @@ import sys
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS
 from oracle import Guarded, layouts
 
 import pyfinetune as pf
 from pyfinetune._native import native
 from pyfinetune.ops import nf4
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK_SIZES = list(nf4.BLOCK_SIZES)
 SHAPES = [(64, 2720), (3, 5, 7), (1,), (4096,), (33,), (128, 129), (1000,), (2, 4096), (0,), (4, 0)]
-FAST_BACKENDS = ["cpu"]
 
 
 def name(value):

@@ -6,13 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS
 from oracle import BACKWARD, FORWARD, assert_as_good_as, layouts
 
 import pyfinetune as pf
 from pyfinetune.ops._op import REGISTRY
 
-FAST_BACKENDS = ["cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def name(value):

@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import DTYPES, NAMES, Case, cu, hold_to_the_oracle, make, same
+from attention_cases import NAMES, Case, cu, hold_to_the_oracle, make, same
+from backends import DTYPES, FAST_BACKENDS
 
 import pyfinetune as pf
 from pyfinetune.ops._op import REGISTRY
 
-FAST_BACKENDS = ["cpu"]
 OPTIONS = [
     {},
     {"causal": False},

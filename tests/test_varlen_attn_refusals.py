@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import DTYPES, Case, cu, make, same
+from attention_cases import Case, cu, make, same
+from backends import DTYPES
 from oracle import Guarded
 
 import pyfinetune as pf

@@ -33,13 +33,18 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         fail(op, ", ".join(f"{name} is on {device}" for name, device in present.items()))
 
 
-def cpu_why_not(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
-    """The reason why the native CPU kernels cannot take these tensors, or None."""
+def tensors_why_not(device: str, *tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """The reason why kernels for a type of device and these float dtypes cannot take the tensors, or None."""
     for tensor in tensors:
         if tensor is None:
             continue
-        if not tensor.is_cpu:
+        if tensor.device.type != device:
             return f"a tensor is on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in dtypes:
             return f"no kernel for {str(tensor.dtype).removeprefix('torch.')}"
     return None
+
+
+def cpu_why_not(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    """The reason why the native CPU kernels cannot take these tensors, or None."""
+    return tensors_why_not("cpu", *tensors, dtypes=dtypes)

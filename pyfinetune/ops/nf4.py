@@ -10,6 +10,7 @@ import torch
 from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import kernels, on_device_of, triton_dtypes, triton_why_not
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")
@@ -380,20 +381,16 @@ def _dequantize_cuda(*args):
     return out
 
 
-def _triton_why_not(*args):
-    if args[0].device.type != "cuda":
-        return f"a tensor is on {args[0].device}"
-    import importlib.util
-
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
 def _decode_triton(out, *args):
-    from pyfinetune.kernels import nf4 as kernel
-
     *tensors, block_size, nested_block_size, shape, _dtype = args
     contiguous = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    kernel.dequantize_4bit(out, *contiguous, block_size, nested_block_size, math.prod(shape))
+    with on_device_of(out):
+        kernels("nf4").dequantize_4bit(out, *contiguous, block_size, nested_block_size, math.prod(shape))
+
+
+def _decode_triton_why_not(*args):
+    dtype = args[9]
+    return triton_why_not(*args[:6]) if dtype in triton_dtypes() else f"no kernel for {dtype}"
 
 
 def _dequantize_triton(*args):
@@ -423,7 +420,7 @@ _dequantize = Op(
     reference=dequantize_reference,
     backends=[
         Backend("cuda", _dequantize_cuda, _cuda_why_not),
-        Backend("triton", _dequantize_triton, _triton_why_not),
+        Backend("triton", _dequantize_triton, _decode_triton_why_not),
         Backend("cpu", _dequantize_cpu, lambda *args: cpu_why_not(*args[:6])),
     ],
     prepare=_prepare_dequantize,
@@ -458,7 +455,7 @@ _dequantize_out = Op(
     reference=lambda *args: args[-1].copy_(dequantize_reference(*args[:-1])) and None,
     backends=[
         Backend("cuda", _into(_decode_cuda), _cuda_why_not),
-        Backend("triton", _into(_decode_triton), _triton_why_not),
+        Backend("triton", _into(_decode_triton), _decode_triton_why_not),
         Backend("cpu", _into(_decode_cpu), lambda *args: cpu_why_not(*args[:6])),
     ],
 )

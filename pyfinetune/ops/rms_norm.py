@@ -8,6 +8,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import ALL_FLOATS, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
 
 _NAME = "rms_norm"
 
@@ -112,6 +113,30 @@ def _cpu_bwd(dout, dsum, x, weight, rstd, offset, need_dx, need_dweight):
     return dx, dweight
 
 
+def _triton(x, weight, residual, eps, offset):
+    y, total, rstd = _fake(x, weight, residual, eps, offset)
+    x, residual = unit_rows(x), None if residual is None else unit_rows(residual)
+    with on_device_of(x):
+        kernels(_NAME).rms_norm(y, total, rstd, x, residual, weight.contiguous(), eps, offset)
+    return y, total, rstd
+
+
+def _triton_bwd(dout, dsum, x, weight, rstd, offset, need_dx, need_dweight):
+    dx, dweight = _fake_bwd(dout, dsum, x, weight, rstd, offset, need_dx, need_dweight)
+    with on_device_of(x):
+        kernels(_NAME).rms_norm_bwd(
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            unit_rows(dout),
+            None if dsum is None else unit_rows(dsum),
+            unit_rows(x),
+            weight.contiguous(),
+            rstd.contiguous(),
+            offset,
+        )
+    return dx, dweight
+
+
 _bwd = Op(
     "rms_norm_bwd",
     "(Tensor dout, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd, float offset, bool need_dx, bool need_dweight) "
@@ -119,7 +144,10 @@ _bwd = Op(
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    backends=[Backend("cpu", _cpu_bwd, lambda dout, dsum, x, weight, *rest: cpu_why_not(x, weight))],
+    backends=[
+        Backend("triton", _triton_bwd, lambda dout, dsum, x, weight, *rest: triton_why_not(x, weight)),
+        Backend("cpu", _cpu_bwd, lambda dout, dsum, x, weight, *rest: cpu_why_not(x, weight)),
+    ],
 )
 
 
@@ -166,7 +194,10 @@ _rms_norm = Op(
     check=_check,
     fake=_fake,
     reference=_reference,
-    backends=[Backend("cpu", _cpu, lambda x, weight, *rest: cpu_why_not(x, weight))],
+    backends=[
+        Backend("triton", _triton, lambda x, weight, *rest: triton_why_not(x, weight)),
+        Backend("cpu", _cpu, lambda x, weight, *rest: cpu_why_not(x, weight)),
+    ],
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,

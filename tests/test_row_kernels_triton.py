@@ -11,6 +11,8 @@ from pyfinetune.ops._triton import kernels
 
 pytestmark = pytest.mark.skipif(FAST_BACKENDS != ["triton"], reason="about the Triton kernels")
 
+GELU = {"gelu_tanh": "tanh", "gelu": "none"}
+
 
 def both(function, inputs, *rest):
     """[results and gradients by Triton, by the reference] of a function of the leaves."""
@@ -112,3 +114,17 @@ def test_dweight_without_dx(cols):
 def test_no_rows_give_no_gradient_of_the_weight():
     for x in (torch.empty(0, 8), torch.empty(3, 0, 8)):
         assert_same(norm, [x, torch.randn(8)])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("shape", [(2047,), (2048,), (2049,), (17, 127), (16, 128), (33, 129), (3, 2049)], ids=str)
+def test_gated_units_at_the_edges_of_tiles(shape, activation):
+    """Contiguous tensors are one long row; halves of a projection are rows."""
+
+    def unit(gate, up):
+        return pf.ops.swiglu(gate, up) if activation == "silu" else pf.ops.geglu(gate, up, GELU[activation])
+
+    gate, up = torch.randn(shape) * 2, torch.randn(shape)
+    assert_same(unit, [gate, up], rtol=2e-6, atol=1e-6)
+    assert_same(unit, [gate.half(), up.half()], rtol=2e-3, atol=1e-4)
+    assert_same(lambda both: unit(*both.chunk(2, dim=-1)), [torch.cat([gate, up], dim=-1)], rtol=2e-6, atol=1e-6)

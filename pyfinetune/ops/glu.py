@@ -10,6 +10,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import ALL_FLOATS, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
 
 # By the name that crosses the schema; the order is the kernels' (Activation in csrc/cpu/dispatch.h).
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -73,8 +74,12 @@ def _reference_bwd(dout, gate, up, activation):
     return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
 
 
+def _unit(tensor: torch.Tensor) -> torch.Tensor:
+    return unit_rows(tensor) if tensor.dim() else tensor
+
+
 def _rows(tensor: torch.Tensor):
-    return capsule(unit_rows(tensor) if tensor.dim() else tensor)
+    return capsule(_unit(tensor))
 
 
 def _cpu(gate, up, activation):
@@ -89,13 +94,30 @@ def _cpu_bwd(dout, gate, up, activation):
     return dgate, dup
 
 
+def _triton(gate, up, activation):
+    out = _fake(gate, up, activation)
+    with on_device_of(gate):
+        kernels("glu").glu(out, _unit(gate), _unit(up), activation)
+    return out
+
+
+def _triton_bwd(dout, gate, up, activation):
+    dgate, dup = _fake_bwd(dout, gate, up, activation)
+    with on_device_of(gate):
+        kernels("glu").glu_bwd(dgate, dup, _unit(dout), _unit(gate), _unit(up), activation)
+    return dgate, dup
+
+
 _bwd = Op(
     "glu_bwd",
     "(Tensor dout, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)",
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    backends=[Backend("cpu", _cpu_bwd, lambda dout, gate, *rest: cpu_why_not(gate))],
+    backends=[
+        Backend("triton", _triton_bwd, lambda dout, gate, *rest: triton_why_not(gate)),
+        Backend("cpu", _cpu_bwd, lambda dout, gate, *rest: cpu_why_not(gate)),
+    ],
 )
 
 
@@ -119,7 +141,10 @@ def _make(name: str, prepare) -> Op:
         check=lambda *args: _check(name, *args),
         fake=_fake,
         reference=_reference,
-        backends=[Backend("cpu", _cpu, lambda gate, *rest: cpu_why_not(gate))],
+        backends=[
+            Backend("triton", _triton, lambda gate, *rest: triton_why_not(gate)),
+            Backend("cpu", _cpu, lambda gate, *rest: cpu_why_not(gate)),
+        ],
         prepare=prepare,
         setup_context=_setup_context,
         backward=_backward,

@@ -128,3 +128,34 @@ def test_gated_units_at_the_edges_of_tiles(shape, activation):
     assert_same(unit, [gate, up], rtol=2e-6, atol=1e-6)
     assert_same(unit, [gate.half(), up.half()], rtol=2e-3, atol=1e-4)
     assert_same(lambda both: unit(*both.chunk(2, dim=-1)), [torch.cat([gate, up], dim=-1)], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rotary_dim"),
+    [
+        ((1, 9, 15, 128), 128),
+        ((2, 17, 16, 128), 64),
+        ((1, 1, 17, 128), 126),
+        ((1, 3, 33, 66), 64),
+        ((2, 2, 3, 600), 258),
+        ((1, 2, 65, 2), 2),
+        ((2, 1, 9, 256), 192),
+    ],
+    ids=str,
+)
+def test_rotations_at_the_edges_of_tiles(shape, rotary_dim):
+    """Tokens, heads, pairs and features that pass through, one fewer and one more than tiles hold."""
+    batch, _heads, tokens, _features = shape
+    cos, sin = torch.randn(2, batch, tokens, rotary_dim).unbind()
+    q, k = torch.randn(shape), torch.randn(batch, 3, *shape[2:])
+    for inputs in ([q, k], [q.transpose(1, 2).contiguous().transpose(1, 2), k], [q.half(), k.half()]):
+        assert_same(pf.ops.rope, inputs, cos, sin)
+
+
+@pytest.mark.parametrize("tokens", [40, 2100])
+def test_heads_of_a_program(tokens, monkeypatch):
+    """Few programs take few heads each, many take eight; the last of them takes what is left."""
+    monkeypatch.setattr(kernels("rope"), "_ENOUGH", 16)
+    q, k = torch.randn(1, 13, tokens, 4), torch.randn(1, 8, tokens, 4)
+    cos, sin = torch.randn(2, 1, tokens, 4).unbind()
+    assert_same(pf.ops.rope, [q, k], cos, sin)

@@ -8,6 +8,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import ALL_FLOATS, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
 
 _NAME = "rope"
 
@@ -93,8 +94,21 @@ def _cpu_in(backward: bool):
     return run
 
 
-def _cpu_why_not(q, k, cos, sin):
-    return cpu_why_not(q, cos)
+def _triton_in(backward: bool):
+    def run(q, k, cos, sin):
+        q_out, k_out = _like(q), _like(k)
+        with on_device_of(q):
+            kernels(_NAME).rope(q_out, k_out, *(unit_rows(t) for t in (q, k, cos, sin)), backward)
+        return q_out, k_out
+
+    return run
+
+
+def _backends(backward: bool) -> list[Backend]:
+    return [
+        Backend("triton", _triton_in(backward), lambda q, k, cos, sin: triton_why_not(q, cos)),
+        Backend("cpu", _cpu_in(backward), lambda q, k, cos, sin: cpu_why_not(q, cos)),
+    ]
 
 
 _bwd = Op(
@@ -103,7 +117,7 @@ _bwd = Op(
     check=_check,
     fake=_fake,
     reference=_reference_bwd,
-    backends=[Backend("cpu", _cpu_in(backward=True), _cpu_why_not)],
+    backends=_backends(backward=True),
 )
 
 
@@ -138,7 +152,7 @@ _rope = Op(
     check=_check,
     fake=_fake,
     reference=_reference,
-    backends=[Backend("cpu", _cpu_in(backward=False), _cpu_why_not)],
+    backends=_backends(backward=False),
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,

@@ -162,6 +162,8 @@ def _rms_norm_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     first = tl.arange(0, BLOCK_N)
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if NEED_DWEIGHT:
+        gain = _load_gain(weight_ptr, offset, first, COLS)  # [1, BLOCK_N]
     for tile in range(tiles):
         row = (program * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         live = row < rows
@@ -174,7 +176,8 @@ def _rms_norm_bwd_kernel(
         dx_row = dx_ptr + row * COLS
         if BLOCK_N >= COLS:
             mask = live[:, None] & (first < COLS)[None, :]
-            gain = _load_gain(weight_ptr, offset, first, COLS)
+            if not NEED_DWEIGHT:  # one tile: loaded beside x, where it holds no registers before
+                gain = _load_gain(weight_ptr, offset, first, COLS)
             x = tl.load(x_row[:, None] + first[None, :], mask=mask, other=0.0)
             g = tl.load(dout_row[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32)
             normal = x.to(tl.float32) * rstd[:, None]
@@ -197,8 +200,8 @@ def _rms_norm_bwd_kernel(
                 mask = live[:, None] & (col < COLS)[None, :]
                 x = tl.load(x_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
                 g = tl.load(dout_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
-                gain = _load_gain(weight_ptr, offset, col, COLS)
-                dx = _gradient(g, x * rstd[:, None], rstd, gain, mean, dsum_row, col, mask, HAS_SUM)
+                part = _load_gain(weight_ptr, offset, col, COLS)
+                dx = _gradient(g, x * rstd[:, None], rstd, part, mean, dsum_row, col, mask, HAS_SUM)
                 tl.store(dx_row[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEED_DWEIGHT:
         tl.store(partial_ptr + program * COLS + first, tl.sum(sums, axis=0), mask=first < COLS)

@@ -22,7 +22,7 @@ def both(function, inputs, *rest):
             leaves = [t.detach().requires_grad_() for t in inputs]
             results = function(*leaves, *rest)
             results = [results] if isinstance(results, torch.Tensor) else list(results)
-            generator = torch.Generator().manual_seed(3)
+            generator = torch.Generator(torch.get_default_device()).manual_seed(3)
             douts = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in results]
             found.append([*results, *torch.autograd.grad(results, leaves, douts)])
     return found
@@ -80,7 +80,7 @@ class TestRows:
         turned = torch.arange(120.0).view(3, 2, 5, 4).transpose(0, 1)
         assert self.check(plain, plain.clone()).dims == 1
         rows = self.check(plain, turned)
-        assert rows.dims == 3 or rows.dims == 2
+        assert rows.dims == 3
         assert [held.data_ptr() for held in rows.tensors] == [plain.data_ptr(), turned.data_ptr()]
 
     def test_more_indices_than_three_are_copied(self):
@@ -100,8 +100,8 @@ def test_norms_of_several_rows_in_a_tile(shape):
 @pytest.mark.parametrize("cols", [8191, 8192, 8193, 16384, 16385])
 def test_norms_of_wide_rows(cols):
     """Up to 8192 features dweight is made with dx, up to 16384 a row is held whole, wider ones are walked twice."""
-    assert_same(norm, [torch.randn(3, cols), torch.randn(cols), torch.randn(3, cols)], rtol=1e-5, atol=2e-5)
-    x = torch.randn(2, 2, cols).transpose(0, 1)
+    assert_same(norm, [torch.randn(2, cols), torch.randn(cols), torch.randn(2, cols)], rtol=1e-5, atol=2e-5)
+    x = torch.randn(3, 1, 2, cols)[:, :, 1]
     assert_same(norm, [x, torch.randn(cols)], rtol=1e-5, atol=2e-5)
 
 
@@ -125,9 +125,9 @@ def test_gated_units_at_the_edges_of_tiles(shape, activation):
         return pf.ops.swiglu(gate, up) if activation == "silu" else pf.ops.geglu(gate, up, GELU[activation])
 
     gate, up = torch.randn(shape) * 2, torch.randn(shape)
-    assert_same(unit, [gate, up], rtol=2e-6, atol=1e-6)
+    assert_same(unit, [gate, up], rtol=4e-6, atol=2e-6)
     assert_same(unit, [gate.half(), up.half()], rtol=2e-3, atol=1e-4)
-    assert_same(lambda both: unit(*both.chunk(2, dim=-1)), [torch.cat([gate, up], dim=-1)], rtol=2e-6, atol=1e-6)
+    assert_same(lambda both: unit(*both.chunk(2, dim=-1)), [torch.cat([gate, up], dim=-1)], rtol=4e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_rotations_at_the_edges_of_tiles(shape, rotary_dim):
         assert_same(pf.ops.rope, inputs, cos, sin)
 
 
-@pytest.mark.parametrize("tokens", [40, 2100])
+@pytest.mark.parametrize("tokens", [40, 400])
 def test_heads_of_a_program(tokens, monkeypatch):
     """Few programs take few heads each, many take eight; the last of them takes what is left."""
     monkeypatch.setattr(kernels("rope"), "_ENOUGH", 16)

@@ -97,7 +97,7 @@ def test_norms_of_several_rows_in_a_tile(shape):
     assert_same(norm, [torch.randn(shape), weight.float(), torch.randn(shape)], rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("cols", [8191, 8192, 8193, 16384, 16385])
+@pytest.mark.parametrize("cols", [8192, 8193, 16385])
 def test_norms_of_wide_rows(cols):
     """Up to 8192 features dweight is made with dx, up to 16384 a row is held whole, wider ones are walked twice."""
     assert_same(norm, [torch.randn(2, cols), torch.randn(cols), torch.randn(2, cols)], rtol=1e-5, atol=2e-5)

@@ -181,6 +181,9 @@ def compile_one(module: str, compilation: Compilation, capability: int) -> Compi
     try:
         _compile_into(row, compilation)
     except Exception as error:  # a compiler's errors have no common class, and one must not hide the others
+        # The first of a chain of errors says what is wrong, the others only where.
+        while error.__cause__ is not None:
+            error = error.__cause__
         last = str(error).strip().splitlines()[-1:] or [""]
         row.violations.append(f"does not compile: {type(error).__name__}: {last[0]}")
     row.seconds = time.perf_counter() - start

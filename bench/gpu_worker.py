@@ -13,11 +13,12 @@ import torch
 
 from pyfinetune.bench.gpu_cases import GROUPS
 from pyfinetune.bench.gpu_timing import ceilings, measure
-from pyfinetune.kernels.config import remembered
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m pyfinetune.bench.gpu_worker`."""
+    from pyfinetune.kernels.config import remembered
+
     parser = argparse.ArgumentParser(prog="python -m pyfinetune.bench.gpu_worker", description=__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("lines", type=Path, help="file to write to")

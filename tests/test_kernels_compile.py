@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 from backends import INTERPRETED
@@ -20,27 +20,55 @@ from pyfinetune.kernels.config import SHARED_BYTES, Compilation, Config
 TESTED = (86, 90, 120)
 
 
+def wanted(request, *names: str) -> list[tuple]:
+    """What the tests that were picked with these parameters ask for."""
+    found = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return [tuple(params[name] for name in names) for params in found if set(params) == set(names)]
+
+
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory) -> Iterator[dict[tuple[str, int], list[Future]]]:
-    """What the tests that were picked need, under way in two processes."""
-    wanted = [item.callspec.params for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
-    wanted = [(params["module"], params["capability"]) for params in wanted if "capability" in params]
-    cache = str(tmp_path_factory.mktemp("triton"))
-    with compile_report.pool_of(2, cache) as pool:
-        yield {
-            (module, capability): [
-                pool.submit(compilations.work, task) for task in compilations.tasks([module], [capability])
-            ]
-            for module, capability in wanted
-        }
+def pool(tmp_path_factory) -> Iterator[ProcessPoolExecutor]:
+    with compile_report.pool_of(2, str(tmp_path_factory.mktemp("triton"))) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def compiled(request, pool) -> dict[tuple[str, int], list[Future]]:
+    """Everything that the tests that were picked need, under way."""
+    return {
+        (module, capability): [
+            pool.submit(compilations.work, task) for task in compilations.tasks([module], [capability])
+        ]
+        for module, capability in wanted(request, "module", "capability")
+    }
+
+
+@pytest.fixture(scope="module")
+def samples(request, pool) -> dict[str, list[Future]]:
+    """The first and the last instance of the modules of the tests that were picked, under way."""
+    ends = {module: list(compilations.tasks([module], [86])) for (module,) in wanted(request, "module")}
+    return {
+        module: [pool.submit(compilations.work, task) for task in dict.fromkeys((tasks[0], tasks[-1]))]
+        for module, tasks in ends.items()
+    }
+
+
+def check(futures: list[Future]) -> None:
+    rows = [future.result() for future in futures]
+    assert {row.name: row.violations for row in rows if row.violations} == {}
+    assert all(row.registers > 0 and row.shared_limit == SHARED_BYTES[row.capability] for row in rows)
 
 
 @pytest.mark.parametrize("module", kernel_modules())
+def test_a_sample_compiles_and_fits(samples, module):
+    check(samples[module])
+
+
+@pytest.mark.slow  # hundreds of kernels, each a second or two
+@pytest.mark.parametrize("module", kernel_modules())
 @pytest.mark.parametrize("capability", TESTED)
 def test_every_kernel_compiles_and_fits(compiled, module, capability):
-    rows = [future.result() for future in compiled[module, capability]]
-    assert {row.name: row.violations for row in rows if row.violations} == {}
-    assert all(row.registers > 0 and row.shared_limit == SHARED_BYTES[capability] for row in rows)
+    check(compiled[module, capability])
 
 
 def test_every_kernel_is_among_what_is_compiled():

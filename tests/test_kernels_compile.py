@@ -9,13 +9,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import pytest
 from backends import INTERPRETED
 
-pytest.importorskip("triton")
-if INTERPRETED:
-    pytest.skip("Triton interprets, and does not compile", allow_module_level=True)
-
 from pyfinetune.bench import compilations, compile_report
 from pyfinetune.bench.compilations import CAPABILITIES, kernel_modules, kernels_never_compiled, occupancy
 from pyfinetune.kernels.config import SHARED_BYTES, Compilation, Config
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+if INTERPRETED:
+    pytest.skip("Triton interprets, and does not compile", allow_module_level=True)
 
 TESTED = (86, 90, 120)
 
@@ -48,7 +49,7 @@ def samples(request, pool) -> dict[str, list[Future]]:
     """The first and the last instance of the modules of the tests that were picked, under way."""
     ends = {module: list(compilations.tasks([module], [86])) for (module,) in wanted(request, "module")}
     return {
-        module: [pool.submit(compilations.work, task) for task in dict.fromkeys((tasks[0], tasks[-1]))]
+        module: [pool.submit(compilations.work, task) for task in dict.fromkeys(tasks[:1] + tasks[-1:])]
         for module, tasks in ends.items()
     }
 
@@ -99,19 +100,33 @@ def test_occupancy(capability, registers, shared, warps, share):
     assert occupancy(capability, registers, shared, warps) == pytest.approx(share)
 
 
+SMALL = Config({"BLOCK": 512}, shared_bytes=4096)
+
+
+@triton.jit
+def _double_kernel(out_ptr, x_ptr, numel, BLOCK: tl.constexpr):
+    # One block after another, each with all of it in registers at once.
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < numel, other=0.0)
+    tl.store(out_ptr + i, x + tl.sum(x) * 2.0, mask=i < numel)
+
+
 class TestViolations:
     """The check finds what it is there to find."""
 
-    def row(self, monkeypatch, tmp_path, **changes):
+    def row(self, monkeypatch, tmp_path, config=SMALL, **changes):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        (first, *_) = compilations.compilations_of("nf4", 90)
-        made = Compilation(**{**vars(first), **changes})
-        return compilations.compile_one("nf4", made, 90)
+        signature = {"out_ptr": "*bf16", "x_ptr": "*fp32", "numel": "i32"}
+        made = Compilation(
+            **{"constants": {}, **changes}, name="x", kernel=_double_kernel, signature=signature, config=config
+        )
+        return compilations.compile_one("module", made, 90)
 
     def test_nothing_to_find(self, monkeypatch, tmp_path):
         row = self.row(monkeypatch, tmp_path)
         assert row.violations == []
         assert row.registers >= 16
+        assert 0 < row.shared <= 4096
         assert 0 < row.occupancy <= 1
         assert row.as_dict()["capability"] == 90
 
@@ -120,23 +135,24 @@ class TestViolations:
         assert row.violations == ["multiplies matrices without tensor cores"]
 
     def test_spilled_registers(self, monkeypatch, tmp_path):
-        row = self.row(monkeypatch, tmp_path, config=Config({"BYTES": 8192}), options={"maxnreg": 32})
+        row = self.row(monkeypatch, tmp_path, config=Config({"BLOCK": 16384}), options={"maxnreg": 32})
         assert len(row.violations) == 1
         assert row.violations[0].startswith("spills ")
 
     def test_too_much_shared_memory(self, monkeypatch, tmp_path):
-        monkeypatch.setitem(SHARED_BYTES, 90, -1)
+        monkeypatch.setitem(SHARED_BYTES, 90, 1)
         row = self.row(monkeypatch, tmp_path)
-        assert row.violations[0].endswith("bytes of shared memory of -1")
+        assert row.violations == [f"takes {row.shared} bytes of shared memory of 1"]
 
     def test_more_shared_memory_than_was_said(self, monkeypatch, tmp_path):
-        first = compilations.compilations_of("nf4", 90)[0].config
-        row = self.row(monkeypatch, tmp_path, config=Config(first.blocks, first.num_warps, first.num_stages, 1))
-        assert row.shared <= 1 or row.violations[0].endswith("says at most 1")
+        row = self.row(monkeypatch, tmp_path, config=Config({"BLOCK": 512}, shared_bytes=1))
+        assert row.violations == [f"takes {row.shared} bytes of shared memory, says at most 1"]
 
     def test_an_error_of_the_compiler(self, monkeypatch, tmp_path):
         row = self.row(monkeypatch, tmp_path, constants={"NO_SUCH": 1})
         assert row.violations == ["does not compile: ValueError: no arguments of the kernel: NO_SUCH"]
+        row = self.row(monkeypatch, tmp_path, config=Config({"BLOCK": 500}))
+        assert "power of 2" in row.violations[0]
 
 
 class TestCommand:

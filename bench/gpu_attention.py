@@ -16,6 +16,7 @@ from pyfinetune.bench.gpu_timing import GpuCase
 from pyfinetune.bench.harness import OURS, Setup
 
 VARLEN, FLEX = "torch varlen (FA2)", "flex attention"
+_SMALL, _LARGE = (4, 2, 64), (32, 8, 128)  # heads, kv heads, size of a head
 
 
 def torch_varlen(bounds: list[int], device: torch.device) -> Callable:
@@ -57,9 +58,9 @@ def torch_flex(bounds: list[int], device: torch.device) -> Callable:
     return attention
 
 
-def _more(bounds: list[int], device: torch.device) -> dict[str, Callable]:
+def _more(bounds: list[int], device: torch.device, names: tuple[str, ...] = (VARLEN,)) -> dict[str, Callable]:
     """The peers; one that cannot be made fails when it is called, and is reported then."""
-    makers = {VARLEN: torch_varlen, FLEX: torch_flex}
+    makers = {name: {VARLEN: torch_varlen, FLEX: torch_flex}[name] for name in names}
     made = {}
     for name, maker in makers.items():
 
@@ -71,8 +72,29 @@ def _more(bounds: list[int], device: torch.device) -> dict[str, Callable]:
     return made
 
 
-def _packed(device: torch.device, lengths: list[int], sizes: tuple[int, int, int]) -> Setup:
-    return bench_varlen_attn.build(device, lengths, torch.bfloat16, True, False, sizes, _more)
+def _packed(
+    device: torch.device, lengths: list[int], sizes: tuple[int, int, int], names: tuple[str, ...] = (VARLEN,)
+) -> Setup:
+    more = functools.partial(_more, names=names)
+    return bench_varlen_attn.build(device, lengths, torch.bfloat16, True, False, sizes, more)
+
+
+def _packed_case(lengths: list[int], sizes: tuple[int, int, int], goal: str, names: tuple[str, ...]) -> GpuCase:
+    heads, kv_heads, dim = sizes
+    note = "" if names == (VARLEN,) else f", beside {', '.join(names)}"
+    return GpuCase(
+        "varlen_attn",
+        f"packed attention {len(lengths)}x{lengths[0]}, {heads}/{kv_heads} heads, d {dim}, bf16, fwd+bwd{note}",
+        functools.partial(_packed, lengths=lengths, sizes=sizes, names=names),
+        flops=7.0 * heads * dim * sum(float(length) ** 2 for length in lengths),
+        bytes=12.0 * dim * sum(lengths) * (heads + kv_heads),
+        goal=goal,
+    )
+
+
+def flex_case(quick: bool) -> GpuCase:
+    """The first of the shapes beside flexible attention, which compiles for a while."""
+    return _packed_case(*(([64] * 2, _SMALL) if quick else ([512] * 16, _LARGE)), "", (FLEX,))
 
 
 def _build_single(device: torch.device, documents: int, sizes: tuple[int, int, int]) -> Setup:
@@ -95,22 +117,10 @@ def _build_single(device: torch.device, documents: int, sizes: tuple[int, int, i
 
 def attention_cases(quick: bool) -> list[GpuCase]:
     """The rows of the table; `quick` is smaller."""
-    sizes = (4, 2, 64) if quick else (32, 8, 128)
+    sizes = _SMALL if quick else _LARGE
     heads, kv_heads, dim = sizes
-    # Flexible attention wants whole blocks of 128 on a CPU.
     shapes = [([64] * 2, "")] if quick else [([512] * 16, "≥ 1.5x backward, no host sync"), ([4096] * 2, "≥ 1.0x")]
-    cases = []
-    for lengths, goal in shapes:
-        cases.append(
-            GpuCase(
-                "varlen_attn",
-                f"packed attention {len(lengths)}x{lengths[0]}, {heads}/{kv_heads} heads, d {dim}, bf16, fwd+bwd",
-                functools.partial(_packed, lengths=lengths, sizes=sizes),
-                flops=7.0 * heads * dim * sum(float(length) ** 2 for length in lengths),
-                bytes=12.0 * dim * sum(lengths) * (heads + kv_heads),
-                goal=goal,
-            )
-        )
+    cases = [_packed_case(lengths, sizes, goal, (VARLEN,)) for lengths, goal in shapes]
     documents = 32 if quick else 8192
     cases.append(
         GpuCase(

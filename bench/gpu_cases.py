@@ -17,7 +17,7 @@ from pyfinetune.bench.bench_rms_norm import _plain as plain_norm
 from pyfinetune.bench.bench_rope import _plain as plain_rope
 from pyfinetune.bench.ceilings import sets_beyond_cache
 from pyfinetune.bench.checks import close_to_exact, same_bits
-from pyfinetune.bench.gpu_attention import attention_cases
+from pyfinetune.bench.gpu_attention import attention_cases, flex_case
 from pyfinetune.bench.gpu_timing import GpuCase
 from pyfinetune.bench.harness import OURS, Setup
 
@@ -109,11 +109,11 @@ def _nf4(quick: bool) -> list[GpuCase]:
 # --- norms, gates, rotary embedding
 
 
-def _rows_case(op: str, name: str, make, ours: Callable, plain: Callable, liger, passes: float, build_peers) -> GpuCase:
+def _rows_case(op: str, name: str, make, ours: Callable, plain: Callable, liger, passes: float) -> GpuCase:
     """A memory-bound case: ours, eager torch, and Liger last, as its backward writes over its inputs."""
 
     def build(device: torch.device) -> Setup:
-        functions, missing = {OURS: ours, "eager": plain, **build_peers(device)}, {}
+        functions, missing = {OURS: ours, "eager": plain}, {}
         function, why = _liger(*liger)
         if function is None:
             missing[LIGER] = why
@@ -151,12 +151,6 @@ def _rows(quick: bool) -> list[GpuCase]:
         q, k, dq, dk = (random(device, 1, tokens, n, dim).transpose(1, 2) for n in (heads, kv_heads) * 2)
         return [q.requires_grad_(), k.requires_grad_(), *tables], [dq, dk]
 
-    def compiled_norm(device):
-        return {} if quick else {"torch.compile": torch.compile(plain_norm)}
-
-    def none(device):
-        return {}
-
     def swiglu(gate, up):
         return F.silu(gate) * up if gate.dtype != torch.float64 else plain_glu(gate, up, None)
 
@@ -169,7 +163,6 @@ def _rows(quick: bool) -> list[GpuCase]:
             plain_norm,
             ("rms_norm", "LigerRMSNormFunction"),
             10.0 * tokens * width,
-            compiled_norm,
         ),
         _rows_case(
             "glu",
@@ -179,7 +172,6 @@ def _rows(quick: bool) -> list[GpuCase]:
             swiglu,
             ("swiglu", "LigerSiLUMulFunction"),
             16.0 * tokens * inner,
-            none,
         ),
         _rows_case(
             "rope",
@@ -189,7 +181,6 @@ def _rows(quick: bool) -> list[GpuCase]:
             plain_rope,
             ("rope", "LigerRopeFunction"),
             8.0 * tokens * (heads + kv_heads) * dim,
-            none,
         ),
     ]
 
@@ -436,12 +427,33 @@ def _step(quick: bool) -> list[GpuCase]:
     return [dataclasses.replace(_as_gpu(case, case.build, "≥ 2x, ≥ 80 % of roofline"), name=name)]
 
 
+# --- peers that torch compiles first, which takes its time
+
+
+def _build_compiled_norm(device: torch.device, tokens: int, width: int) -> Setup:
+    def make():
+        x, dout = (torch.randn(tokens, width, device=device).bfloat16() for _ in range(2))
+        return [x.requires_grad_(), torch.randn(width, device=device).bfloat16()], [dout]
+
+    compiled = torch.compile(plain_norm) if device.type == "cuda" else plain_norm
+    functions = {OURS: lambda x, weight: pf.ops.rms_norm(x, weight, _EPS), "torch.compile": compiled}
+    return elementwise.build(device, make, functions, plain_norm, {})
+
+
+def _compiled(quick: bool) -> list[GpuCase]:
+    tokens, width = (16, 128) if quick else (8192, 4096)
+    norm = functools.partial(_build_compiled_norm, tokens=tokens, width=width)
+    name = f"RMSNorm {tokens}x{width} bf16, fwd+bwd, beside torch.compile"
+    return [flex_case(quick), GpuCase("rms_norm", name, norm, bytes=10.0 * tokens * width)]
+
+
 # The most telling ones first: time may run out. Seconds are what the part may take on a GPU.
 GROUPS: dict[str, tuple[Callable[[bool], list[GpuCase]], int]] = {
     "nf4": (_nf4, 25),
-    "lora_linear": (_lora, 75),
-    "varlen_attn": (attention_cases, 75),
+    "lora_linear": (_lora, 70),
+    "varlen_attn": (attention_cases, 50),
     "linear_cross_entropy": (_head, 45),
-    "rows": (_rows, 40),
-    "step": (_step, 45),
+    "rows": (_rows, 30),
+    "step": (_step, 40),
+    "compiled": (_compiled, 50),
 }

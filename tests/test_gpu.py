@@ -31,6 +31,14 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 MARGIN = 4096  # bytes on either side of a tensor
 
 
+@pytest.fixture(autouse=True)
+def _freed():
+    """What a test held is there for others, in other processes too."""
+    yield
+    if GPU:
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def triton():
     """Every op of the block by Triton; a test of one that has no such kernel is skipped."""
@@ -230,6 +238,8 @@ def test_red_zones_find_a_stray_write():
 
 def memory(gibibytes: int) -> None:
     """Skips the test on a GPU with less to spare; fills nothing with NaN, as tens of gigabytes take their time."""
+    if GPU:
+        torch.cuda.empty_cache()
     if GPU and torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
         pytest.skip(f"needs {gibibytes} GiB of free memory")
     torch.use_deterministic_algorithms(False)

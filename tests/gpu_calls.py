@@ -11,6 +11,11 @@ import torch
 import pyfinetune as pf
 
 
+def upstream(y: torch.Tensor) -> torch.Tensor:
+    """A gradient that is the same for each row, and exact in every dtype."""
+    return (torch.arange(y.shape[-1], device=y.device) % 7 - 2).mul(0.25).to(y.dtype).expand_as(y).contiguous()
+
+
 @dataclasses.dataclass
 class Call:
     """Inputs of an op and the function of them.
@@ -27,14 +32,14 @@ class Call:
     last: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
 
     def run(self, tensors: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """Results, and gradients of the inputs that require grad; the upstream gradients are the results, halved."""
+        """Results, and gradients of the inputs that require grad."""
         given = self.tensors if tensors is None else list(tensors)
         tensors = [t.detach().requires_grad_(like.requires_grad) for t, like in zip(given, self.tensors, strict=True)]
         results = self.function(*tensors)
         leaves = [t for t in tensors if t.requires_grad]
         if not leaves:
             return list(results)
-        grads = torch.autograd.grad(results, leaves, [0.5 * y.detach() + 0.25 for y in results])
+        grads = torch.autograd.grad(results, leaves, [upstream(y) for y in results])
         return [*(y.detach() for y in results), *grads]
 
 

@@ -2,7 +2,10 @@
 #
 #   make demo        fine-tune a small model with QLoRA on this machine and show before and after
 #   make test        the tests (under 10 minutes on 2 cores)
-#   make test-extra  the slow tests, the op tests again under every instruction set of this machine, and test-native
+#   make test-extra  the slow tests, the op tests again under every instruction set, test-triton and test-native
+#   make test-triton the op tests over the Triton kernels, in Triton's interpreter (no GPU needed)
+#   make compile-report compile every Triton kernel for every supported GPU: registers, shared memory, occupancy
+#   make gpu-check   on a machine with a GPU: the whole GPU test matrix, then the GPU benchmark, in 8 minutes
 #   make test-native a million calls of the CPU kernels, without Python, under the address and undefined sanitizers
 #   make lint        ruff, and clang-format over the native sources
 #   make format      rewrite what lint complains about
@@ -11,7 +14,8 @@
 #   make clean       remove what was built (clean-venv also removes .venv)
 #
 # PYTHON=python3.12 picks the interpreter, PIP_FLAGS="..." is passed to every pip install, PYTEST_FLAGS="-k nf4" to pytest,
-# FUZZ_FLAGS="--calls 50000000 --seed 2" to the program behind test-native.
+# FUZZ_FLAGS="--calls 50000000 --seed 2" to the program behind test-native, COMPILE_FLAGS="--capability 86 --json F" to
+# compile-report, and GPU_CHECK_FLAGS="--wheels DIR --out DIR --dry-run" to gpu-check, which runs on GPU_PYTHON.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -21,15 +25,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 FUZZ_FLAGS ?= --calls 1000000
+GPU_PYTHON ?= python3
+GPU_SITE := build/gpu-check/site
 NATIVE := $(shell find csrc -type f -not -name ".*") CMakeLists.txt cmake/isa.cmake
 CXX_FILES = $(shell find csrc tests/native -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
 OPS = $(patsubst pyfinetune/ops/%.py,%,$(wildcard pyfinetune/ops/[a-z]*.py))
 OP_TESTS = $(sort $(foreach op,$(OPS),$(wildcard tests/test_$(op)*.py)) tests/test_lora_thin.py tests/test_row_kernels.py)
+# The ops that have Triton kernels, and their tests.
+TRITON_OPS = $(filter $(OPS),$(patsubst kernels/%.py,%,$(wildcard kernels/*.py)))
+TRITON_TESTS = $(sort $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)))
 
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all demo test test-extra test-native lint format bench wheel clean clean-venv
+.PHONY: all demo test test-extra test-native test-triton compile-report gpu-check lint format bench wheel clean \
+  clean-venv
 all: $(VENV)/.installed
 
 # torch goes first and by its exact version: an unpinned torch may resolve to a build several gigabytes larger.
@@ -54,13 +64,27 @@ test: $(VENV)/.installed
 
 # pytest exits with 5 when nothing was collected, which is not a failure here. The first instruction set is the best
 # one, which `make test` has run.
-test-extra: $(VENV)/.installed test-native
+test-extra: $(VENV)/.installed test-native test-triton
 	$(BIN)/pytest -m slow $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 	set -e; for isa in $$($(BIN)/python -c 'from pyfinetune._native import native; print(*native.isas()[1:])'); do \
 	  [ -n "$(OP_TESTS)" ] || break; \
 	  echo "op tests with PYFINETUNE_CPU_ISA=$$isa"; \
 	  PYFINETUNE_CPU_ISA=$$isa $(BIN)/pytest $(OP_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]; \
 	done
+
+test-triton: $(VENV)/.installed
+	[ -z "$(TRITON_TESTS)" ] || TRITON_INTERPRET=1 PYFINETUNE_TEST_BACKENDS=triton \
+	  $(BIN)/pytest $(TRITON_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+
+compile-report: $(VENV)/.installed
+	$(BIN)/python -m pyfinetune.bench.compile_report $(COMPILE_FLAGS)
+
+# On the GPU machine's own Python, with the packages that are there: nothing is fetched, and no venv is made.
+gpu-check:
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
+	  --upgrade --target $(GPU_SITE) .
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} \
+	  $(GPU_PYTHON) -m pyfinetune.bench.gpu_check $(GPU_CHECK_FLAGS)
 
 # OpenMP's threads would spin while they wait, on cores that others could use.
 test-native: export OMP_WAIT_POLICY := passive

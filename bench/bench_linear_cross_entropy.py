@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -39,14 +40,24 @@ def _trl(function, hidden, weight, labels, reduction="mean"):
     return losses if reduction == "none" else losses.sum() / counts.sum().clamp(min=1)
 
 
-def _build(device: torch.device, sizes: tuple, dtype: torch.dtype, ignored: float, trains: bool) -> Setup:
-    """The loss of so many tokens, and the gradients of the hidden states, and of the head where it trains."""
+def build(
+    device: torch.device,
+    sizes: tuple,
+    dtype: torch.dtype,
+    ignored: float,
+    trains: bool,
+    more: Mapping[str, Callable] | None = None,
+) -> Setup:
+    """The loss of so many tokens, and the gradients of the hidden states, and of the head where it trains.
+
+    `more` are further peers by name, functions such as `_eager`.
+    """
     tokens, width, vocab = sizes
     hidden = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
     weight = torch.randn(vocab, width, device=device).mul_(width**-0.5).to(dtype).requires_grad_(trains)
     labels = torch.randint(vocab, (tokens,), device=device)
     labels[: int(tokens * ignored)] = _IGNORED  # prompts, on which nothing is trained
-    losses, missing = {OURS: _ours, "eager": _eager}, {}
+    losses, missing = {OURS: _ours, "eager": _eager, **(more or {})}, {}
     why = peers.why_missing("trl")
     if why:
         missing[_TRL] = why
@@ -102,7 +113,7 @@ def _case(
     return Case(
         "linear_cross_entropy",
         name + (f", {ignored:.0%} ignored" if ignored else "") + (", head trains" if trains else ""),
-        functools.partial(_build, sizes=sizes, dtype=dtype, ignored=ignored, trains=trains),
+        functools.partial(build, sizes=sizes, dtype=dtype, ignored=ignored, trains=trains),
         flops=2.0 * (3 if trains else 2) * kept * width * vocab,
         dtype=dtype,
         bytes=float(vocab * width * dtype.itemsize * (2 if trains else 1)),

@@ -15,7 +15,7 @@ from pyfinetune.bench.harness import OURS, Case, Setup, Target
 from pyfinetune.ops._philox import dropout as philox_dropout
 
 _RANK = 16
-_SCALING = 2.0
+SCALING = 2.0
 _FORWARD, _BACKWARD = 1.5, 2.0  # how much worse than torch's eager code in the same dtype a result may be
 
 
@@ -23,10 +23,10 @@ def _plain(x, weight, lora_a, lora_b, keep=None, magnitude=None):
     """The layer in torch's plain operators, in x's dtype; `keep` is dropout's mask with its scale."""
     weight, a, b = weight.to(x.dtype), lora_a.to(x.dtype), lora_b.to(x.dtype)
     dropped = x if keep is None else x * keep.to(x.dtype)
-    y = x @ weight.T + _SCALING * ((dropped @ a.T) @ b.T)
+    y = x @ weight.T + SCALING * ((dropped @ a.T) @ b.T)
     if magnitude is None:
         return y
-    norm = (weight + _SCALING * (b @ a)).detach().norm(dim=1)
+    norm = (weight + SCALING * (b @ a)).detach().norm(dim=1)
     return y * (magnitude.to(x.dtype) / norm)
 
 
@@ -39,7 +39,7 @@ def _with_grads(function, leaves, dout):
     return [y.detach(), *grads]
 
 
-def _build_forward(device: torch.device, rows: int, size: int) -> Setup:
+def build_forward(device: torch.device, rows: int, size: int) -> Setup:
     """A frozen 4-bit linear layer as a training step calls it: gradients on, in training mode."""
     memory_bound = rows < 128
     count = sets_beyond_cache(int(packed_bytes(size)), device) if memory_bound else 2
@@ -73,7 +73,7 @@ def _build_forward(device: torch.device, rows: int, size: int) -> Setup:
     return Setup(calls, {name: check(call) for name, call in calls.items()}, missing)
 
 
-def _build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, dropout: float, dora: bool) -> Setup:
+def build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, dropout: float, dora: bool) -> Setup:
     """A layer with an adapter, forward and backward: gradients of x and of every parameter that trains.
 
     The adapter is float32 on a bfloat16 base, which is what PEFT makes by default.
@@ -89,7 +89,7 @@ def _build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, d
     leaves = [x, a, b] + ([m] if dora else [])
 
     def ours_forward(x=x, a=a, b=b, m=m, seed=None):
-        return pf.ops.lora_linear(x, base, a, b, _SCALING, dropout_p=dropout, seed=seed, magnitude=m)
+        return pf.ops.lora_linear(x, base, a, b, SCALING, dropout_p=dropout, seed=seed, magnitude=m)
 
     def ours(i):
         with torch.enable_grad():
@@ -189,7 +189,7 @@ def _build_group(device: torch.device, rows: int, inner: int, widths: tuple[int,
     count = len(widths)
 
     def together(x, *adapters):
-        return pf.ops.lora_linear_group(x, weights, adapters[:count], adapters[count:], [_SCALING] * count)
+        return pf.ops.lora_linear_group(x, weights, adapters[:count], adapters[count:], [SCALING] * count)
 
     def plain(x, *adapters):
         return [_plain(x, w, a, b) for w, a, b in zip(weights, adapters[:count], adapters[count:], strict=True)]
@@ -261,7 +261,7 @@ def _forward(rows: int, size: int, target: Target | None) -> Case:
     return Case(
         "lora_linear",
         f"NF4 linear {size}², M {rows}, forward in training mode",
-        functools.partial(_build_forward, rows=rows, size=size),
+        functools.partial(build_forward, rows=rows, size=size),
         flops=2.0 * rows * size * size,
         bytes=packed_bytes(size) + 4.0 * rows * size,
         target=target,
@@ -273,7 +273,7 @@ def _adapter(method: str, rows: int, size: int, target: Target | None, dropout: 
     return Case(
         "lora_linear",
         f"{method} linear {size}², M {rows}, r {_RANK}" + (f", dropout {dropout}" if dropout else "") + ", fwd+bwd",
-        functools.partial(_build_adapter, rows=rows, size=size, four_bit=four_bit, dropout=dropout, dora=dora),
+        functools.partial(build_adapter, rows=rows, size=size, four_bit=four_bit, dropout=dropout, dora=dora),
         flops=4.0 * rows * size * size,  # x W^T and dout W
         bytes=2 * (packed_bytes(size) if four_bit else 2.0 * size * size) + 8.0 * rows * size,
         target=target,

@@ -66,7 +66,7 @@ def _error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return (difference / sum(float(b.double().square().sum()) for b in exact[1:])) ** 0.5
 
 
-def _build(device: torch.device, shapes: dict[str, int], documents: int, length: int) -> Setup:
+def build(device: torch.device, shapes: dict[str, int], documents: int, length: int) -> Setup:
     why = peers.why_missing("transformers", "peft")
     if why:
         raise RuntimeError(f"a training step needs transformers and peft: {why}")
@@ -101,7 +101,7 @@ def _case(documents: int, length: int, target: Target | None, shapes: dict[str, 
     return Case(
         "step",
         f"training step, Llama {'135M' if shapes is _FULL else 'tiny'}, LoRA r {_RANK}, bf16, {packed}",
-        functools.partial(_build, shapes=shapes, documents=documents, length=length),
+        functools.partial(build, shapes=shapes, documents=documents, length=length),
         flops=tokens * (4.0 * products + attention),
         target=target,
     )

@@ -33,7 +33,7 @@ def _plain(q, k, v, bounds: list[int], dout=None) -> list[torch.Tensor]:
         with torch.set_grad_enabled(dout is not None):
             leaves = [x[at].detach().clone().requires_grad_() for x, at in zip((q, k, v), slices[1:], strict=True)]
             query, key, value = leaves
-            scores = (query.transpose(0, 1) @ key.T) * _HEAD_DIM**-0.5  # [group, rows, rows]
+            scores = (query.transpose(0, 1) @ key.T) * q.shape[-1] ** -0.5  # [group, rows, rows]
             weights = scores.masked_fill(ahead, float("-inf")).softmax(dim=-1)
             made = [(weights @ value).transpose(0, 1)]
             if dout is not None:
@@ -58,15 +58,25 @@ def _attentions(bounds: list[int], device: torch.device, with_mask: bool) -> dic
     return found
 
 
-def _build(device: torch.device, lengths: list[int], dtype: torch.dtype, backward: bool, with_mask: bool) -> Setup:
+def build(
+    device: torch.device,
+    lengths: list[int],
+    dtype: torch.dtype,
+    backward: bool,
+    with_mask: bool,
+    sizes: tuple[int, int, int] = (_HEADS, _KV_HEADS, _HEAD_DIM),
+    more: Callable[[list[int], torch.device], Mapping[str, Callable]] | None = None,
+) -> Setup:
+    """Attention over documents of such lengths, with so many heads and kv heads of such a size, and `more` peers."""
+    heads, kv_heads, head_dim = sizes
     bounds = [0, *itertools.accumulate(lengths)]
 
     def random(heads):
-        return torch.randn(bounds[-1], heads, _HEAD_DIM, device=device).to(dtype)
+        return torch.randn(bounds[-1], heads, head_dim, device=device).to(dtype)
 
-    leaves = [random(heads).requires_grad_(backward) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
-    dout = random(_HEADS) if backward else None
-    attentions = _attentions(bounds, device, with_mask)
+    leaves = [random(count).requires_grad_(backward) for count in (heads, kv_heads, kv_heads)]
+    dout = random(heads) if backward else None
+    attentions = _attentions(bounds, device, with_mask) | (more(bounds, device) if more else {})
     detached = [leaf.detach() for leaf in leaves]
 
     @functools.cache  # several peers are held against them
@@ -110,7 +120,7 @@ def _case(
         "varlen_attn",
         f"packed attention {len(lengths)}x{lengths[0]}, {_HEADS}/{_KV_HEADS} heads, d {_HEAD_DIM}, {name}, "
         + ("fwd+bwd" if backward else "fwd"),
-        functools.partial(_build, lengths=lengths, dtype=dtype, backward=backward, with_mask=with_mask),
+        functools.partial(build, lengths=lengths, dtype=dtype, backward=backward, with_mask=with_mask),
         flops=products * _HEADS * _HEAD_DIM * sum(float(length) ** 2 for length in lengths),  # causal: half the scores
         dtype=dtype,
         bytes=elements * dtype.itemsize * (6.0 if backward else 2.0),

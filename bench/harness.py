@@ -97,7 +97,7 @@ class Case:
 
 
 def _warm_up(call: Callable[[int], Any], sync: Callable[[], None]) -> None:
-    """Call once to allocate and pick kernels, and again to meet what the first left, unless that is lost in the noise."""
+    """Call once to allocate and pick kernels, and again to meet what the first left, unless that is lost in noise."""
     start = time.perf_counter()
     call(0)
     sync()

@@ -9,8 +9,12 @@ Double-quantized scales, nested_map[absmax8[b]] * nested_absmax[b // nested_bloc
 same launch. Reference: pyfinetune/ops/nf4.py.
 """
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
+
+from pyfinetune.kernels.config import Compilation, Config
 
 
 @triton.jit
@@ -91,3 +95,15 @@ def dequantize_4bit(
         # Multiply, round, add, round: a fused multiply-add gives other bits.
         enable_fp_fusion=False,
     )
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Decoding into bfloat16 and float32, with scales in 32 bits and double-quantized."""
+    kernel, config = _dequantize_4bit_kernel, Config({"BYTES": 1024})
+    for dtype in ("*bf16", "*fp32"):
+        for nested in (False, True):
+            types = {"out_ptr": dtype, "codes_ptr": "*u8", "absmax_ptr": "*u8" if nested else "*fp32", "numel": "i64"}
+            constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256 if nested else 1, "NESTED": nested}
+            signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+            name = f"decode {dtype}{' nested' if nested else ''}"
+            yield Compilation(name, kernel, signature, constants, config, options={"enable_fp_fusion": False})

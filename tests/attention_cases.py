@@ -130,7 +130,7 @@ def plain_document(q, k, v, causal=True, softmax_scale=None, window_size=(-1, -1
 
 def upstream(out, dtype):
     """The same random gradient, representable in `dtype`, for every run of a case."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     return torch.randn(out.shape, generator=generator).to(dtype).to(out.dtype)
 
 

@@ -90,7 +90,7 @@ class Case:
 
 def upstream(loss):
     """The same gradient, not 1, for every run of a case; one for each token with reduction "none"."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     return torch.randn(loss.shape, generator=generator).abs().add(0.5).to(loss.dtype)
 
 

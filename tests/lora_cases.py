@@ -73,7 +73,7 @@ class Case:
 
 def upstream(y, dtype):
     """The same random gradient, representable in `dtype`, for every run of a case."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     return torch.randn(y.shape, generator=generator).to(dtype).to(y.dtype)
 
 

@@ -190,7 +190,7 @@ class TestWheel:
         assert any(re.fullmatch(r"pyfinetune/_C\.[\w-]+\.so", name) for name in names)
         for name in ("__init__.py", "cli.py", "ops/nf4.py", "bench/__init__.py", "bench/runner.py", "kernels/nf4.py"):
             assert f"pyfinetune/{name}" in names
-        shipped = {path.name for path in (ROOT / "kernels").glob("*.py")}
+        shipped = {path.name for path in (ROOT / "kernels").glob("*.*")}
         assert {Path(name).name for name in names if name.startswith("pyfinetune/kernels/")} == shipped
         assert "pyfinetune/kernels/__init__.py" not in names
         tops = {name.partition("/")[0] for name in names}

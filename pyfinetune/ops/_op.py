@@ -35,22 +35,25 @@ class Backend:
         name: one of `BACKENDS`.
         run: the implementation; takes the schema's arguments.
         why_not: the reason why `run` cannot take these arguments, or None when it can; looks at metadata only.
+        configuration: how `run` would launch its kernels for these arguments, in words; None where there is no choice.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    configuration: Callable[..., str] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of `explain`: a backend, and why it was not chosen (None for the chosen one)."""
+    """One line of `explain`: a backend, why it was not chosen (None for the chosen one), and how it would launch."""
 
     backend: str
     reason: str | None
+    detail: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.reason or 'chosen'}"
+        return f"{self.backend}: {self.reason or 'chosen'}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ class Op:
         self.check(*args)
         chosen = self.choose(*args).name
         present = {backend.name: backend.why_not(*args) for backend in self.backends}
+        details = {
+            backend.name: backend.configuration(*args)
+            for backend in self.backends
+            if backend.configuration is not None and present[backend.name] is None
+        }
         choices = []
         for name in BACKENDS:
             if name == chosen:
@@ -167,7 +175,7 @@ class Op:
                 reason = "this op has no such backend"
             else:
                 reason = present[name] or ("another backend is forced" if _forced else "a faster backend was chosen")
-            choices.append(Choice(name, reason))
+            choices.append(Choice(name, reason, details.get(name)))
         return Explanation(self.name, chosen, tuple(choices))
 
 

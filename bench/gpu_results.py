@@ -1,0 +1,108 @@
+"""The result of `gpu_check` as Markdown: machine, benchmark, tests, and what went wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyfinetune.bench.harness import OURS
+
+_NONE = "-"
+HEADERS = ("case", "goal", "who", "ms", "forward, ms", "with host, ms", "theirs / ours", "of limit", "peak, MB", "note")
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _row_cells(row: dict[str, Any], name: str) -> list[str]:
+    """One line of the table: ours, or a peer beside it."""
+    result, ours = row["results"][name], row["results"][OURS]
+    milliseconds = result.get("ms")
+    ratio = milliseconds / ours["ms"] if name != OURS and milliseconds and "ms" in ours else None
+    note = "" if result["ok"] else f"{'WRONG' if name == OURS else 'not right here'}: {result['detail']}"
+    if name == OURS and result["ok"]:
+        note = ", ".join(row["ran_on"])
+    return [
+        row["case"] if name == OURS else "",
+        row["goal"] if name == OURS else "",
+        name,
+        _number(milliseconds),
+        _number(result.get("forward_ms")),
+        _number(result.get("wall_ms")),
+        _number(ratio, ".2f"),
+        _NONE if not milliseconds else f"{row['floor_ms'] / milliseconds:.0%}",
+        _number(result.get("peak_mb"), ".0f"),
+        note,
+    ]
+
+
+def _bench_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for part in result["parts"]:
+        for row in part.get("rows", ()):
+            if "error" in row:
+                rows.append([row["case"], "", OURS, *[_NONE] * 6, f"ERROR: {row['error']}"])
+                continue
+            rows += [_row_cells(row, name) for name in row["results"]]
+            rows += [["", "", name, *[_NONE] * 6, why] for name, why in row["missing"].items()]
+        if part.get("cut_off"):
+            rows.append([part["cut_off"], "", OURS, *[_NONE] * 6, "cut off: the time was up"])
+    return rows
+
+
+def _table(headers: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
+    for row in rows:
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |")
+    return lines
+
+
+def _machine_lines(result: dict[str, Any]) -> list[str]:
+    facts = result["machine"]
+    gpus = "; ".join(f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gb']:.0f} GB" for gpu in facts["gpus"])
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    lines = [f"{gpus or 'no GPU'}; {facts['cpu']['model']}; {versions}."]
+    if facts.get("nvidia_smi"):
+        lines.append(f"Driver, highest SM clock, power limit: {facts['nvidia_smi']}.")
+    rates = next((part["ceilings"] for part in result["parts"] if part.get("ceilings")), None)
+    if rates:
+        lines.append(
+            f"Limits measured: copy {rates['copy_gbs']:.0f} GB/s, GEMM {rates['gemm_bf16_gflops'] / 1e3:.3g} TFLOP/s "
+            f"bf16, {rates['gemm_fp32_gflops'] / 1e3:.3g} fp32."
+        )
+    return lines
+
+
+def _test_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for part in result["parts"]:
+        if part["kind"] == "tests":
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(part["counts"].items()))
+            rows.append([part["name"], part["status"], f"{part['seconds']:.0f}", counts or "nothing ran"])
+    return rows
+
+
+def markdown_of(result: dict[str, Any]) -> str:
+    """Everything that a reader wants to see of a result of `gpu_check.run`."""
+    title = "# GPU check" + (" (dry run on a CPU: the numbers mean nothing)" if result["dry_run"] else "")
+    lines = [title, "", f"{result['created']}, {result['seconds']:.0f} s.", "", *_machine_lines(result), ""]
+    lines += [f"Problem: {problem}" for problem in result["problems"]]
+    bench = _bench_rows(result)
+    if bench:
+        lines += ["## Benchmark", "", *_table(HEADERS, bench), ""]
+        lines += [
+            "'ms': median of the GPU's own time, cache flushed, host ahead. 'with host': one call from start to end.",
+            "'of limit': the time that the machine's own GEMM or copy rate allows / the time taken.",
+            "",
+        ]
+    tests = _test_rows(result)
+    if tests:
+        lines += ["## Tests", "", *_table(("part", "status", "seconds", "outcomes"), tests), ""]
+    for part in result["parts"]:
+        for failure in part.get("failures", ()):
+            message = failure["message"].strip().splitlines()[-1:] or [""]
+            lines.append(f"- `{failure['test']}`: {message[0][:300]}")
+        lines += [f"- {error}" for error in part.get("errors", ())]
+        if part["status"] == "timed out":
+            lines.append(f"- {part['name']} took longer than it may")
+    return "\n".join(lines) + "\n"

@@ -7,13 +7,14 @@
 Query i of a document stands at key i + lk - lq; causal is a window that reaches 0 keys to the right.
 
              keys of the document            A program of the forward and of dq has one tile (a block of queries of one
-           +----+----+----+----+             document, one head) and walks along the keys that any of its queries sees;
+           +----+----+----+----+             document, one head) and walks along the keys that any query sees;
     tile   | f  | f  | b  |    |   ->        only blocks on a boundary (b) are masked, full ones (f) are not, others
-           +----+----+----+----+             are never read. One of dk and dv has a block of keys and one of their heads,
-    queries|    |    | f  | b  |             and walks down the queries of all heads of the group: no sum leaves its
+           +----+----+----+----+             are never read. One of dk and dv has a block of keys of one head
+    queries|    |    | f  | b  |             and walks down the queries of all heads of its group: no sum leaves its
            +----+----+----+----+             program, so there are no atomics and the bits are always the same.
 
-Exponentials are taken to base 2, log2(e) being part of the scale. Rows past the last document are the queries of one
+16-bit inputs have log2(e) in the scale and exponentials to base 2; float32 keeps e, for the difference of a score and
+lse is exact where it counts, and their products with log2(e) would not be. Rows past the last document are the queries of one
 more document without keys, so that their zeros are written like any other. Reference: FlashAttention-2,
 https://arxiv.org/abs/2307.08691; pyfinetune/ops/_varlen_attn_reference.py.
 """
@@ -28,7 +29,7 @@ TILE_FIELDS = tl.constexpr(8)  # int32 to a tile: 32 bytes, one memory sector
 
 @triton.jit
 def _bound(cu_ptr, total, document):
-    """Where a document begins, within the rows there are whatever cu_seqlens holds; document `documents` is the rest."""
+    """Where a document begins: among the rows that there are, whatever cu_seqlens holds."""
     return tl.minimum(tl.maximum(tl.load(cu_ptr + document), 0), total)
 
 
@@ -40,7 +41,16 @@ def _end(cu_ptr, documents, total, document):
 
 @triton.jit
 def _list_tiles(
-    tiles_ptr, cu_ptr, other_cu_ptr, total, other_total, documents, slots, steps, BLOCK: tl.constexpr, SLOTS: tl.constexpr
+    tiles_ptr,
+    cu_ptr,
+    other_cu_ptr,
+    total,
+    other_total,
+    documents,
+    slots,
+    steps,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     # Document i has slots from begin_i // BLOCK + i on: ceil(length / BLOCK) of them always fit before the next
     # document's first, so that a tile's place needs no sum over the documents before it.
@@ -99,13 +109,8 @@ def _tile(tiles_ptr, slot):
     """(first row of the document, its rows, the tile's first row in it, the same two for the document's other side)."""
     fields_ptr = tiles_ptr + slot.to(tl.int64) * TILE_FIELDS
     begin, length, first = tl.load(fields_ptr), tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
-    return begin, length, first, tl.load(fields_ptr + 3), tl.load(fields_ptr + 4)
-
-
-@triton.jit
-def _at(x_ptr, row, head, row_stride, head_stride):
-    """Where a head's row begins."""
-    return x_ptr + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
+    other_begin, other_length = tl.load(fields_ptr + 3), tl.load(fields_ptr + 4)
+    return begin.to(tl.int64), length, first, other_begin.to(tl.int64), other_length
 
 
 @triton.jit
@@ -130,21 +135,33 @@ def _store_rows(x_ptr, values, rows, row_stride, limit, DIM: tl.constexpr, PADDE
 
 @triton.jit
 def _tanh(x, ACCURATE: tl.constexpr):
-    """tanh by one exponential, absolutely accurate; by a polynomial near 0 where it has to be relatively, too."""
-    y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
+    """tanh by one exponential; ACCURATE to the last bits for either sign, and relatively near 0."""
     if ACCURATE:
+        e = tl.exp(-2.0 * tl.abs(x))
+        y = (1.0 - e) / (1.0 + e)
         z = x * x
         series = -5.70498872745e-3 * z + 2.06390887954e-2  # Cephes' tanhf
         series = series * z - 5.37397155531e-2
         series = series * z + 1.33314422036e-1
         series = series * z - 3.33332819422e-1
-        y = tl.where(z < 0.390625, series * z * x + x, y)
+        y = tl.where(z < 0.390625, series * z * x + x, tl.where(x < 0, -y, y))
+    else:
+        y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
     return y
 
 
 @triton.jit
+def _exp(x, ACCURATE: tl.constexpr):
+    """Of scores in the kernel's own unit: natural, or times log2(e)."""
+    if ACCURATE:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def _keys_seen(first, last, lk, ahead, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Of the queries first..last: the keys [begin, end) that any sees, and [full_begin, full_end) that all of them see."""
+    """The keys [begin, end) that any of queries first..last sees, and [full_begin, full_end) that all of them see."""
     begin, full_begin = 0, 0
     end, full_end = lk, lk
     if HAS_LEFT:
@@ -157,13 +174,26 @@ def _keys_seen(first, last, lk, ahead, left, right, HAS_LEFT: tl.constexpr, HAS_
 
 
 @triton.jit
-def _visible(place, keys, lk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which of the document's keys a query at each place sees; the two broadcast."""
-    seen = keys < lk
+def _hide_unseen(
+    s, boundary, place, keys, lk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BRANCH: tl.constexpr
+):
+    """Scores, -inf where the query at a place does not see a key; the two broadcast. Nothing to do off a boundary."""
+    if BRANCH:
+        if boundary:
+            s = tl.where(_seen(place, keys, lk, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
+    else:
+        s = tl.where(_seen(place, keys, lk, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _seen(place, keys, lk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    farthest = lk - 1
+    if HAS_RIGHT:
+        farthest = tl.minimum(place + right, farthest)
+    seen = keys <= farthest
     if HAS_LEFT:
         seen = seen & (keys >= place - left)
-    if HAS_RIGHT:
-        seen = seen & (keys <= place + right)
     return seen
 
 
@@ -197,19 +227,20 @@ def _varlen_attn_fwd_kernel(
     HAS_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     # The last tiles of a document have the most keys under a causal mask; they go first.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     q_begin, lq, first, k_begin, lk = _tile(tiles_ptr, slot)
     if first >= lq:
         return
     ACCURATE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     place = rows + (lk - lq)
-    q = _load_rows(_at(q_ptr, q_begin, head, q_row_stride, q_head_stride), rows, q_row_stride, lq, DIM, PADDED)
-    k_ptr = _at(k_ptr, k_begin, head // GROUP, k_row_stride, k_head_stride)
-    v_ptr = _at(v_ptr, k_begin, head // GROUP, v_row_stride, v_head_stride)
+    q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, lq, DIM, PADDED)
+    k_ptr += k_begin * k_row_stride + (head // GROUP) * k_head_stride
+    v_ptr += k_begin * v_row_stride + (head // GROUP) * v_head_stride
     last = tl.minimum(first + BLOCK_M, lq) - 1
     begin, end, full_begin, full_end = _keys_seen(
         first, last, lk, lk - lq, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -223,13 +254,14 @@ def _varlen_attn_fwd_kernel(
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
             s = _tanh(s, ACCURATE) * cap
-        if (start < full_begin) | (start + BLOCK_N > full_end):
-            seen = _visible(place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-            s = tl.where(seen, s, float("-inf"))
+        boundary = (start < full_begin) | (start + BLOCK_N > full_end)
+        s = _hide_unseen(
+            s, boundary, place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
+        )
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of a row that has seen nothing yet
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(top - base)
+        p = _exp(s - base[:, None], ACCURATE)
+        shrink = _exp(top - base, ACCURATE)
         total = total * shrink + tl.sum(p, 1)
         v = _load_rows(v_ptr, keys, v_row_stride, lk, DIM_V, PADDED_V)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -243,10 +275,14 @@ def _varlen_attn_fwd_kernel(
     sees = (nearest <= farthest) & (rows >= 0)
     total = tl.where(sees, total, 1.0)
     out = tl.where(sees[:, None], acc * (1.0 / total)[:, None], 0.0)
-    lse = tl.where(sees, (top + tl.log2(total)) * LN2, float("-inf"))
-    out_ptr = _at(out_ptr, q_begin, head, out_row_stride, DIM_V)
+    if ACCURATE:
+        lse = top + tl.log(total)
+    else:
+        lse = (top + tl.log2(total)) * LN2
+    lse = tl.where(sees, lse, float("-inf"))
+    out_ptr += q_begin * out_row_stride + head * DIM_V
     _store_rows(out_ptr, out, rows, out_row_stride, lq, DIM_V, PADDED_V)
-    tl.store(_at(lse_ptr, q_begin, head, 1, total_q) + rows, lse, mask=rows < lq)
+    tl.store(lse_ptr + q_begin + head * total_q + rows, lse, mask=rows < lq)
 
 
 @triton.jit(do_not_specialize=["total_q", "window_left", "window_right"])
@@ -286,33 +322,36 @@ def _varlen_attn_bwd_dq_kernel(
     HAS_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     q_begin, lq, first, k_begin, lk = _tile(tiles_ptr, slot)
     if first >= lq:
         return
     ACCURATE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     place = rows + (lk - lq)
-    stat_ptr = _at(lse_ptr, q_begin, head, 1, total_q) + rows
+    stat_ptr = lse_ptr + q_begin + head * total_q + rows
     lse = tl.load(stat_ptr, mask=rows < lq, other=float("inf"))
-    dout_ptr = _at(dout_ptr, q_begin, head, dout_row_stride, dout_head_stride)
+    dout_ptr += q_begin * dout_row_stride + head * dout_head_stride
     dout = _load_rows(dout_ptr, rows, dout_row_stride, lq, DIM_V, PADDED_V)
     # delta costs this program one more tile, and the launch that would make it alone two.
-    out_ptr = _at(out_ptr, q_begin, head, out_row_stride, DIM_V)
+    out_ptr += q_begin * out_row_stride + head * DIM_V
     out = _load_rows(out_ptr, rows, out_row_stride, lq, DIM_V, PADDED_V)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(_at(delta_ptr, q_begin, head, 1, total_q) + rows, delta, mask=rows < lq)
-    q = _load_rows(_at(q_ptr, q_begin, head, q_row_stride, q_head_stride), rows, q_row_stride, lq, DIM, PADDED)
-    k_ptr = _at(k_ptr, k_begin, head // GROUP, k_row_stride, k_head_stride)
-    v_ptr = _at(v_ptr, k_begin, head // GROUP, v_row_stride, v_head_stride)
+    tl.store(delta_ptr + q_begin + head * total_q + rows, delta, mask=rows < lq)
+    q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, lq, DIM, PADDED)
+    k_ptr += k_begin * k_row_stride + (head // GROUP) * k_head_stride
+    v_ptr += k_begin * v_row_stride + (head // GROUP) * v_head_stride
     last = tl.minimum(first + BLOCK_M, lq) - 1
     begin, end, full_begin, full_end = _keys_seen(
         first, last, lk, lk - lq, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )
     sees = lse != float("-inf")
-    lse2 = tl.where(sees, lse, float("inf")) * LOG2E
+    lse = tl.where(sees, lse, float("inf"))
+    if not ACCURATE:
+        lse *= LOG2E
     dq = tl.zeros([BLOCK_M, PADDED], dtype=tl.float32)
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -322,16 +361,17 @@ def _varlen_attn_bwd_dq_kernel(
         if HAS_CAP:
             bent = _tanh(s, ACCURATE)
             s = bent * cap
-        if (start < full_begin) | (start + BLOCK_N > full_end):
-            seen = _visible(place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-            s = tl.where(seen, s, float("-inf"))
+        boundary = (start < full_begin) | (start + BLOCK_N > full_end)
+        s = _hide_unseen(
+            s, boundary, place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
+        )
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        ds = tl.exp2(s - lse2[:, None]) * (dp - delta[:, None])
+        ds = _exp(s - lse[:, None], ACCURATE) * (dp - delta[:, None])
         if HAS_CAP:
             ds *= 1.0 - bent * bent
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = tl.where(sees[:, None], dq * scale, 0.0)  # also where k is not finite
-    dq_ptr = _at(dq_ptr, q_begin, head, dq_row_stride, DIM)
+    dq_ptr += q_begin * dq_row_stride + head * DIM
     _store_rows(dq_ptr, dq, rows, dq_row_stride, lq, DIM, PADDED)
 
 
@@ -374,19 +414,20 @@ def _varlen_attn_bwd_dkv_kernel(
     NEED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     # The first keys of a document have the most queries under a causal mask; they go first as they are.
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     k_begin, lk, first, q_begin, lq = _tile(tiles_ptr, tl.program_id(0))
     if first >= lk:
         return
     ACCURATE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    k = _load_rows(_at(k_ptr, k_begin, kv_head, k_row_stride, k_head_stride), keys, k_row_stride, lk, DIM, PADDED)
+    k = _load_rows(k_ptr + k_begin * k_row_stride + kv_head * k_head_stride, keys, k_row_stride, lk, DIM, PADDED)
     dk = tl.zeros([BLOCK_N, PADDED], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, PADDED_V], dtype=tl.float32)
     if NEED_DK:
-        v_ptr = _at(v_ptr, k_begin, kv_head, v_row_stride, v_head_stride)
+        v_ptr += k_begin * v_row_stride + kv_head * v_head_stride
         v = _load_rows(v_ptr, keys, v_row_stride, lk, DIM_V, PADDED_V)
     ahead = lk - lq
     last = tl.minimum(first + BLOCK_N, lk) - 1
@@ -395,10 +436,10 @@ def _varlen_attn_bwd_dkv_kernel(
         begin = tl.maximum(first - window_right - ahead, 0)
     if HAS_LEFT:
         end = tl.minimum(last + window_left - ahead + 1, lq)
-    q_ptr = _at(q_ptr, q_begin, kv_head * GROUP, q_row_stride, q_head_stride)
-    dout_ptr = _at(dout_ptr, q_begin, kv_head * GROUP, dout_row_stride, dout_head_stride)
-    lse_ptr = _at(lse_ptr, q_begin, kv_head * GROUP, 1, total_q)
-    delta_ptr = _at(delta_ptr, q_begin, kv_head * GROUP, 1, total_q)
+    q_ptr += q_begin * q_row_stride + (kv_head * GROUP) * q_head_stride
+    dout_ptr += q_begin * dout_row_stride + (kv_head * GROUP) * dout_head_stride
+    lse_ptr += q_begin + (kv_head * GROUP) * total_q
+    delta_ptr += q_begin + (kv_head * GROUP) * total_q
     # One loop over the heads of the group and their blocks: its pipeline fills once, which counts in short documents.
     for step in range(0, tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M) * GROUP):
         start = begin + (step // GROUP) * BLOCK_M
@@ -412,6 +453,8 @@ def _varlen_attn_bwd_dkv_kernel(
             bent = _tanh(st, ACCURATE)
             st = bent * cap
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        if not ACCURATE:
+            lse *= LOG2E
         place = rows + ahead
         newest = tl.minimum(start + BLOCK_M, lq) - 1 + ahead
         boundary = first + BLOCK_N > lk
@@ -419,22 +462,24 @@ def _varlen_attn_bwd_dkv_kernel(
             boundary |= first < newest - window_left
         if HAS_RIGHT:
             boundary |= last > start + ahead + window_right
-        if boundary:
-            seen = _visible(place[None, :], keys[:, None], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-            st = tl.where(seen, st, float("-inf"))
-        pt = tl.exp2(st - (lse * LOG2E)[None, :])
+        st = _hide_unseen(
+            st, boundary, place[None, :], keys[:, None], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
+        )
+        pt = _exp(st - lse[None, :], ACCURATE)
         dout = _load_rows(dout_ptr + member * dout_head_stride, rows, dout_row_stride, lq, DIM_V, PADDED_V)
         if NEED_DV:
             dv = tl.dot(pt.to(dout.dtype), dout, dv, input_precision="ieee")
         if NEED_DK:
+            # In this order: delta, which all threads of a column hold, has no registers to spare during the product.
+            dpt = tl.dot(v, tl.trans(dout), input_precision="ieee")
             delta = tl.load(delta_ptr + member * total_q + rows, mask=rows < lq, other=0.0)
-            dst = pt * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+            dst = pt * (dpt - delta[None, :])
             if HAS_CAP:
                 dst *= 1.0 - bent * bent
             dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
     if NEED_DK:
-        dk_ptr = _at(dk_ptr, k_begin, kv_head, dk_row_stride, DIM)
+        dk_ptr += k_begin * dk_row_stride + kv_head * DIM
         _store_rows(dk_ptr, dk * scale, keys, dk_row_stride, lk, DIM, PADDED)
     if NEED_DV:
-        dv_ptr = _at(dv_ptr, k_begin, kv_head, dv_row_stride, DIM_V)
+        dv_ptr += k_begin * dv_row_stride + kv_head * DIM_V
         _store_rows(dv_ptr, dv, keys, dv_row_stride, lk, DIM_V, PADDED_V)

@@ -1,7 +1,7 @@
 """Triton: attention over packed documents, its launches; kernels/_varlen_attn_device.py has the maths and the tiling.
 
 Nothing here reads a tensor's values: the tiles are listed on the device, in a buffer with room for as many as there can
-be, and a program that finds no tile in its slot ends at once. So a call never waits for the GPU, and a graph can hold it.
+be, and a program that finds no tile in its slot ends at once. A call never waits for the GPU, and graphs can hold it.
 """
 
 from __future__ import annotations
@@ -28,29 +28,31 @@ _SLOTS = 128  # of the list of tiles, to a program
 _LOG2E = math.log2(math.e)
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) by the wider head_dim, for 16-bit elements. Per product of a tile the
-# arithmetic grows with the tile's area and what is read with its edge, so: the largest tile whose sums stay in registers
-# (64 K of 32 bits to a multiprocessor), then as many stages as shared memory holds.
-#   mma (80, 86, 89, 120): operands that stay, q or k and v, live in registers beside the sums.
-#   wgmma (90) and tcgen05 (100): they live in shared memory, so tiles are twice as large; 64 rows to four warps at least.
+# arithmetic grows with the tile's area and what is read with its edge, so: the largest tile whose sums stay in
+# registers (64 K of 32 bits to a multiprocessor), then as many stages as shared memory holds.
+# mma (80, 86, 89, 120): a tile of at least head_dim rows has each warp on rows of its own, and p goes from one product
+# into the next in registers; of fewer, the warps share rows and p goes through shared memory.
+# The second of two is for what needs more registers: a window to the left, a softcap, a head_dim that is padded.
 _MMA = {
-    "fwd": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dq": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 2)},
-    "dkv": {64: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "fwd": {64: [(64, 64, 4, 3)], 128: [(128, 64, 8, 3), (128, 32, 8, 3)], 256: [(64, 32, 8, 2)]},
+    "dq": {64: [(64, 64, 4, 2)], 128: [(128, 32, 8, 2)], 256: [(32, 32, 4, 2)]},
+    "dkv": {64: [(32, 64, 4, 2)], 128: [(32, 128, 8, 2), (16, 128, 8, 2)], 256: [(32, 32, 8, 2)]},
 }
+# wgmma (90) and tcgen05 (100): operands are read from shared memory, so tiles are larger; four warps take 64 rows.
 _WGMMA = {
-    "fwd": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-    "dkv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "fwd": {64: [(128, 64, 4, 3)], 128: [(128, 128, 8, 2)], 256: [(128, 64, 8, 2)]},
+    "dq": {64: [(64, 64, 4, 2)], 128: [(128, 64, 8, 2)], 256: [(128, 32, 8, 2)]},
+    "dkv": {64: [(64, 128, 8, 2)], 128: [(64, 128, 8, 2), (32, 128, 8, 2)], 256: [(16, 64, 8, 2), (32, 32, 8, 2)]},
 }
 # float32 has no tensor cores at full precision: its products are plain multiply-adds out of registers.
-_FLOAT32 = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
+_FLOAT32 = {64: [(32, 32, 8, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
 # Small enough for the interpreter to meet boundaries in small inputs, and not square.
-_INTERPRETED = (64, 32, 4, 2)
+_INTERPRETED = [(64, 32, 4, 2)]
 _SMALLEST = (16, 16, 4, 1)
 
 
 @functools.cache
-def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int) -> list[Config]:
+def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, crowded: bool) -> list[Config]:
     """The configurations of "fwd", "dq" or "dkv", best first.
 
     Args:
@@ -58,6 +60,7 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int) -
         capability: of the GPU, such as 86; `INTERPRETER` for none.
         dim, dim_v: head_dim of q and k, and of v, padded.
         itemsize: bytes of an element.
+        crowded: whether the kernel does more than the plain causal one, and needs more registers.
     """
     size = max(64, dim, dim_v)
     if capability == INTERPRETER:
@@ -65,18 +68,28 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int) -
     elif itemsize == 4:
         sizes = _FLOAT32[size]
     else:
-        sizes = (_WGMMA if 90 <= capability <= 110 else _MMA)[kernel][size]
-    return [_config(kernel, *each, dim + dim_v, dim, itemsize) for each in (sizes, _SMALLEST)]
+        sizes = (_WGMMA if _from_shared_memory(capability) else _MMA)[kernel][size]
+    chosen = sizes[-1 if crowded else 0]
+    return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in (chosen, _SMALLEST)]
 
 
-def _config(kernel, block_m, block_n, warps, stages, width, dim, itemsize) -> Config:
-    """With all operands in shared memory: those of the loop in each stage, the others once."""
-    looped, kept = (block_m, block_n * width) if kernel == "dkv" else (block_n, block_m * width)
+def _from_shared_memory(capability: int) -> bool:
+    """Whether the tensor cores read their operands there, not in registers: sm_90 to sm_110, not consumers' sm_120."""
+    return 90 <= capability < 120
+
+
+def _config(kernel, capability, block_m, block_n, warps, stages, dim, dim_v, itemsize) -> Config:
+    """With all operands in shared memory: those of the loop once for each stage in flight, the others once."""
+    looped, kept = (block_m, block_n * (dim + dim_v)) if kernel == "dkv" else (block_n, block_m * (dim + dim_v))
     if kernel == "fwd":
         kept = block_m * dim
-    statistics = 2 * 4 * block_m  # lse and delta
-    shared = itemsize * (stages * looped * width + kept) + stages * statistics
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, shared)
+    if (block_n if kernel == "dkv" else block_m) < max(dim, dim_v):
+        kept += 2 * block_m * block_n  # p and ds on their way from one product into the next
+    in_flight = stages if _from_shared_memory(capability) else max(stages - 1, 1)
+    shared = itemsize * (in_flight * looped * (dim + dim_v) + kept) + 2 * 4 * block_m * stages  # lse and delta
+    # A branch around the mask keeps products apart that mma wants to see together; there the mask is cheap beside them.
+    branch = int(_from_shared_memory(capability) or capability == INTERPRETER)
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BRANCH": branch}, warps, stages, shared)
 
 
 def padded(dim: int) -> int:
@@ -84,10 +97,14 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _config_for(kernel: str, q: torch.Tensor, v: torch.Tensor) -> Config:
-    capability = capability_of(q)
-    listed = configs(kernel, capability, padded(q.shape[2]), padded(v.shape[2]), q.element_size())
-    return first_fitting(listed, capability)
+def _config_for(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> Config:
+    return _chosen(kernel, capability_of(q), q.element_size(), constants)
+
+
+def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, Any]) -> Config:
+    dims = constants["PADDED"], constants["PADDED_V"]
+    crowded = constants["HAS_LEFT"] or constants["HAS_CAP"] or dims != (constants["DIM"], constants["DIM_V"])
+    return first_fitting(configs(kernel, capability, *dims, itemsize, crowded), capability)
 
 
 def _slots(rows: int, documents: int, block: int) -> int:
@@ -127,7 +144,8 @@ def _list_tiles(cu_seqlens_q, cu_seqlens_k, total_q: int, total_k: int, block_q:
 def _options(q, k, v, causal: bool, scale: float, left: int, right: int, softcap: float) -> tuple[list, dict[str, Any]]:
     """(score_scale, cap, window_left, window_right) and the constants of every kernel."""
     right = 0 if causal else right  # a window open to the right shows a causal query nothing more
-    score_scale, cap = (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 0.0)
+    unit = 1.0 if q.dtype == torch.float32 else _LOG2E
+    score_scale, cap = (scale / softcap, softcap * unit) if softcap else (scale * unit, 0.0)
     constants = {
         "GROUP": q.shape[1] // k.shape[1],
         "DIM": q.shape[2],
@@ -152,8 +170,8 @@ def varlen_attn(
         out: [total_q, num_heads, head_dim_v], contiguous, as are lse: float32 [num_heads, total_q].
         causal, scale, left, right, softcap: as the op has them.
     """
-    config = _config_for("fwd", q, v)
     scalars, constants = _options(q, k, v, causal, scale, left, right, softcap)
+    config = _config_for("fwd", q, constants)
     block = config.blocks["BLOCK_M"]
     tiles, _ = _list_tiles(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], block, None)
     _varlen_attn_fwd_kernel[(tiles.shape[0], q.shape[1])](
@@ -198,8 +216,8 @@ def varlen_attn_bwd(
         The others: see `varlen_attn`.
     """
     total_q, num_heads, _ = q.shape
-    dq_config, dkv_config = _config_for("dq", q, v), _config_for("dkv", q, v)
     scalars, constants = _options(q, k, v, causal, scale, left, right, softcap)
+    dq_config, dkv_config = _config_for("dq", q, constants), _config_for("dkv", q, constants)
     blocks = dq_config.blocks["BLOCK_M"], dkv_config.blocks["BLOCK_N"]
     tiles_q, tiles_k = _list_tiles(cu_seqlens_q, cu_seqlens_k, total_q, k.shape[0], *blocks)
     strides = _strides(dout, q, k, v)
@@ -287,8 +305,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             if kernel == "dkv":
                 constants |= {"NEED_DK": True, "NEED_DV": True}
             for element, itemsize in (("bf16", 2), ("fp32", 4)) if shape == "d64" else (("bf16", 2),):
-                listed = configs(kernel, capability, padded(dim), padded(dim_v), itemsize)
-                config = first_fitting(listed, capability)
+                config = _chosen(kernel, capability, itemsize, constants)
                 name = f"varlen_attn {kernel} {shape} {element}"
                 signature = _signature(function, element)
                 yield Compilation(name, function, signature, constants, config, matmul=element != "fp32")

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import NAMES, Case, cu, hold_to_the_oracle, make, same
-from backends import DTYPES, FAST_BACKENDS
+from attention_cases import HEADS, NAMES, Case, cu, hold_to_the_oracle, make, same
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED
 
 import pyfinetune as pf
 from pyfinetune.ops._op import REGISTRY
@@ -27,6 +27,7 @@ OPTIONS = [
     {"softmax_scale": 0.3},
     {"softmax_scale": -8.0},
 ]
+HALF = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float16
 PACKED = [37, 1, 64, 0, 90]
 # Queries at the end of longer keys, as in decoding; and fewer keys than queries, so that the first see none.
 UNEQUAL = {"short queries": ([5, 1, 33, 70], [40, 17, 33, 131]), "short keys": ([40, 7, 9, 70], [9, 0, 1, 67])}
@@ -133,11 +134,12 @@ def test_backend_is_as_good_as_eager(backend, dtype, options):
 @every_dtype
 @every_backend
 def test_backend_with_unequal_lengths(backend, dtype, lengths, options):
-    hold_to_the_oracle(backend, *lengths, dtype=dtype, heads=(4, 1), dim=32, rest=2, draws=2, **options)
+    heads = (2, 1) if INTERPRETED else (4, 1)
+    hold_to_the_oracle(backend, *lengths, dtype=dtype, heads=heads, dim=32, rest=2, draws=2, **options)
 
 
 @pytest.mark.parametrize("dim", [16, 40, 64, 72, 128, 256])
-@pytest.mark.parametrize("heads", [(9, 3), (4, 1), (2, 2)], ids=["grouped", "one kv head", "own kv head"])
+@pytest.mark.parametrize("heads", [HEADS, (4, 1), (2, 2)], ids=["grouped", "one kv head", "own kv head"])
 @every_dtype
 @every_backend
 def test_backend_at_every_head_dim(backend, dtype, heads, dim):
@@ -260,7 +262,7 @@ def test_empty_and_tiny(backend, rest, lengths):
 
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_rows_past_the_last_document_are_not_read(backend):
-    case = make([30, 4], rest=20, dtype=torch.bfloat16)
+    case = make([30, 4], rest=20, dtype=HALF)
     with pf.use_backend(backend):
         expected = case.run()
         for x in case.inputs():
@@ -348,10 +350,11 @@ def test_same_bits_a_hundred_times(backend, dtype):
     case = make([37, 1, 64], dtype=dtype, heads=(6, 2), rest=1)
     with pf.use_backend(backend):
         expected = case.run()
-        assert all(same(case.run(), expected) for _ in range(100))
+        assert all(same(case.run(), expected) for _ in range(2 if INTERPRETED else 100))
 
 
 @pytest.mark.parametrize("lengths", [[300], [37, 1, 64, 0, 90, 130]], ids=["one document", "several"])
+@pytest.mark.skipif("cpu" not in FAST_BACKENDS, reason="only the CPU's kernels have threads of torch's")
 @every_dtype
 @every_backend
 def test_the_thread_count_changes_no_bit(backend, dtype, lengths):
@@ -370,7 +373,7 @@ def test_the_thread_count_changes_no_bit(backend, dtype, lengths):
 
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_second_backward_gives_the_same_gradients_and_nothing_is_mutated(backend):
-    case = make([37, 1, 64], [40, 3, 64], dtype=torch.bfloat16, rest=1)
+    case = make([37, 1, 64], [40, 3, 64], dtype=HALF, rest=1)
     before = [x.detach().clone() for x in case.args()]
     with pf.use_backend(backend):
         out = case.forward()
@@ -388,7 +391,7 @@ def test_second_backward_gives_the_same_gradients_and_nothing_is_mutated(backend
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_thousands_of_documents_and_empty_ones_between(backend):
     """flash-attention #443, #1311, #2611: a crash or NaN with empty documents, or with very many of them."""
-    lengths = [1] * 8192
+    lengths = [1] * (64 if INTERPRETED else 8192)
     case = make(lengths, heads=(3, 1), dim=16)
     with pf.use_backend(backend):
         out, lse, dq, _dk, dv = case.run()
@@ -408,7 +411,9 @@ def test_thousands_of_documents_and_empty_ones_between(backend):
 @pytest.mark.parametrize(
     "options", [{}, {"causal": False}, {"causal": False, "window_size": (30, 30)}], ids=option_name
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by numpy, which interprets
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=name)
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_no_document_sees_another(backend, dtype, options, filling):
     """unsloth #1207, transformers #46634: packed documents attended to each other, and nothing said so."""

@@ -135,10 +135,11 @@ def _store_rows(x_ptr, values, rows, row_stride, limit, DIM: tl.constexpr, PADDE
 
 @triton.jit
 def _tanh(x, ACCURATE: tl.constexpr):
-    """tanh by one exponential; ACCURATE to the last bits for either sign, and relatively near 0."""
+    """(tanh, its slope) by one exponential; ACCURATE to the last bits for either sign, and relatively near 0 and 1."""
     if ACCURATE:
         e = tl.exp(-2.0 * tl.abs(x))
         y = (1.0 - e) / (1.0 + e)
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - y * y would cancel
         z = x * x
         series = -5.70498872745e-3 * z + 2.06390887954e-2  # Cephes' tanhf
         series = series * z - 5.37397155531e-2
@@ -147,7 +148,8 @@ def _tanh(x, ACCURATE: tl.constexpr):
         y = tl.where(z < 0.390625, series * z * x + x, tl.where(x < 0, -y, y))
     else:
         y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
-    return y
+        slope = 1.0 - y * y
+    return y, slope
 
 
 @triton.jit
@@ -253,7 +255,8 @@ def _varlen_attn_fwd_kernel(
         k = _load_rows(k_ptr, keys, k_row_stride, lk, DIM, PADDED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
-            s = _tanh(s, ACCURATE) * cap
+            s, _ = _tanh(s, ACCURATE)
+            s *= cap
         boundary = (start < full_begin) | (start + BLOCK_N > full_end)
         s = _hide_unseen(
             s, boundary, place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
@@ -339,7 +342,12 @@ def _varlen_attn_bwd_dq_kernel(
     # delta costs this program one more tile, and the launch that would make it alone two.
     out_ptr += q_begin * out_row_stride + head * DIM_V
     out = _load_rows(out_ptr, rows, out_row_stride, lq, DIM_V, PADDED_V)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    if ACCURATE:
+        # By the product that makes dp, whose rounding it takes away again: a row with one key has ds exactly zero.
+        products = tl.dot(dout, tl.trans(out), input_precision="ieee")  # [BLOCK_M, BLOCK_M]
+        delta = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
+    else:
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + q_begin + head * total_q + rows, delta, mask=rows < lq)
     q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, lq, DIM, PADDED)
     k_ptr += k_begin * k_row_stride + (head // GROUP) * k_head_stride
@@ -359,8 +367,8 @@ def _varlen_attn_bwd_dq_kernel(
         v = _load_rows(v_ptr, keys, v_row_stride, lk, DIM_V, PADDED_V)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
-            bent = _tanh(s, ACCURATE)
-            s = bent * cap
+            s, slope = _tanh(s, ACCURATE)
+            s *= cap
         boundary = (start < full_begin) | (start + BLOCK_N > full_end)
         s = _hide_unseen(
             s, boundary, place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
@@ -368,7 +376,7 @@ def _varlen_attn_bwd_dq_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = _exp(s - lse[:, None], ACCURATE) * (dp - delta[:, None])
         if HAS_CAP:
-            ds *= 1.0 - bent * bent
+            ds *= slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = tl.where(sees[:, None], dq * scale, 0.0)  # also where k is not finite
     dq_ptr += q_begin * dq_row_stride + head * DIM
@@ -450,8 +458,8 @@ def _varlen_attn_bwd_dkv_kernel(
         lse = tl.load(lse_ptr + member * total_q + rows, mask=rows < lq, other=float("inf"))
         st = tl.dot(k, tl.trans(q), input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
         if HAS_CAP:
-            bent = _tanh(st, ACCURATE)
-            st = bent * cap
+            st, slope = _tanh(st, ACCURATE)
+            st *= cap
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         if not ACCURATE:
             lse *= LOG2E
@@ -475,7 +483,7 @@ def _varlen_attn_bwd_dkv_kernel(
             delta = tl.load(delta_ptr + member * total_q + rows, mask=rows < lq, other=0.0)
             dst = pt * (dpt - delta[None, :])
             if HAS_CAP:
-                dst *= 1.0 - bent * bent
+                dst *= slope
             dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
     if NEED_DK:
         dk_ptr += k_begin * dk_row_stride + kv_head * DIM

@@ -38,12 +38,14 @@ _MMA = {
     "dq": {64: [(64, 64, 4, 2)], 128: [(128, 32, 8, 2)], 256: [(32, 32, 4, 2)]},
     "dkv": {64: [(32, 64, 4, 2)], 128: [(32, 128, 8, 2), (16, 128, 8, 2)], 256: [(32, 32, 8, 2)]},
 }
-# wgmma (90) and tcgen05 (100): operands are read from shared memory, so tiles are larger; four warps take 64 rows.
+# wgmma (90): operands are read from shared memory, so tiles are larger; four warps take 64 rows.
 _WGMMA = {
     "fwd": {64: [(128, 64, 4, 3)], 128: [(128, 128, 8, 2)], 256: [(128, 64, 8, 2)]},
     "dq": {64: [(64, 64, 4, 2)], 128: [(128, 64, 8, 2)], 256: [(128, 32, 8, 2)]},
     "dkv": {64: [(64, 128, 8, 2)], 128: [(64, 128, 8, 2), (32, 128, 8, 2)], 256: [(16, 64, 8, 2), (32, 32, 8, 2)]},
 }
+# tcgen05 (100): the same, and sums are in a memory of their own; what the forward makes of scores needs the registers.
+_TCGEN05 = _WGMMA | {"fwd": {64: [(128, 64, 4, 3)], 128: [(128, 64, 8, 3)], 256: [(128, 32, 8, 2)]}}
 # float32 has no tensor cores at full precision: its products are plain multiply-adds out of registers.
 _FLOAT32 = {64: [(32, 32, 8, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
 # Small enough for the interpreter to meet boundaries in small inputs, and not square.
@@ -68,14 +70,16 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, c
     elif itemsize == 4:
         sizes = _FLOAT32[size]
     else:
-        sizes = (_WGMMA if _from_shared_memory(capability) else _MMA)[kernel][size]
+        sizes = _tensor_cores(capability)[kernel][size]
     chosen = sizes[-1 if crowded else 0]
     return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in (chosen, _SMALLEST)]
 
 
-def _from_shared_memory(capability: int) -> bool:
-    """Whether the tensor cores read their operands there, not in registers: sm_90 to sm_110, not consumers' sm_120."""
-    return 90 <= capability < 120
+def _tensor_cores(capability: int) -> dict:
+    """The table for a GPU's: sm_120, which consumers have, takes operands from registers as those before sm_90 do."""
+    if 90 <= capability < 120:
+        return _WGMMA if capability < 100 else _TCGEN05
+    return _MMA
 
 
 def _config(kernel, capability, block_m, block_n, warps, stages, dim, dim_v, itemsize) -> Config:
@@ -83,12 +87,13 @@ def _config(kernel, capability, block_m, block_n, warps, stages, dim, dim_v, ite
     looped, kept = (block_m, block_n * (dim + dim_v)) if kernel == "dkv" else (block_n, block_m * (dim + dim_v))
     if kernel == "fwd":
         kept = block_m * dim
-    if (block_n if kernel == "dkv" else block_m) < max(dim, dim_v):
+    tensor_cores = _tensor_cores(capability)
+    if tensor_cores is _TCGEN05 or (block_n if kernel == "dkv" else block_m) < max(dim, dim_v):
         kept += 2 * block_m * block_n  # p and ds on their way from one product into the next
-    in_flight = stages if _from_shared_memory(capability) else max(stages - 1, 1)
+    in_flight = max(stages - 1, 1) if tensor_cores is _MMA else stages
     shared = itemsize * (in_flight * looped * (dim + dim_v) + kept) + 2 * 4 * block_m * stages  # lse and delta
     # A branch around the mask keeps products apart that mma wants to see together; there the mask is cheap beside them.
-    branch = int(_from_shared_memory(capability) or capability == INTERPRETER)
+    branch = int(tensor_cores is not _MMA or capability == INTERPRETER)
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BRANCH": branch}, warps, stages, shared)
 
 

@@ -14,8 +14,8 @@ Query i of a document stands at key i + lk - lq; causal is a window that reaches
            +----+----+----+----+             program, so there are no atomics and the bits are always the same.
 
 16-bit inputs have log2(e) in the scale and exponentials to base 2; float32 keeps e, for the difference of a score and
-lse is exact where it counts, and their products with log2(e) would not be. Rows past the last document are the queries of one
-more document without keys, so that their zeros are written like any other. Reference: FlashAttention-2,
+lse is exact where it counts, and that of their products with log2(e) would not be. Rows past the last document are the
+queries of one more document without keys, so that their zeros are written like any other. Reference: FlashAttention-2,
 https://arxiv.org/abs/2307.08691; pyfinetune/ops/_varlen_attn_reference.py.
 """
 
@@ -137,7 +137,7 @@ def _store_rows(x_ptr, values, rows, row_stride, limit, DIM: tl.constexpr, PADDE
 def _tanh(x, ACCURATE: tl.constexpr):
     """(tanh, its slope) by one exponential; ACCURATE to the last bits for either sign, and relatively near 0 and 1."""
     if ACCURATE:
-        e = tl.exp(-2.0 * tl.abs(x))
+        e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
         y = (1.0 - e) / (1.0 + e)
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - y * y would cancel
         z = x * x
@@ -156,7 +156,7 @@ def _tanh(x, ACCURATE: tl.constexpr):
 def _exp(x, ACCURATE: tl.constexpr):
     """Of scores in the kernel's own unit: natural, or times log2(e)."""
     if ACCURATE:
-        return tl.exp(x)
+        return tl.exp2(x * LOG2E)
     else:
         return tl.exp2(x)
 
@@ -277,11 +277,13 @@ def _varlen_attn_fwd_kernel(
         farthest = tl.minimum(place + window_right, lk - 1)
     sees = (nearest <= farthest) & (rows >= 0)
     total = tl.where(sees, total, 1.0)
-    out = tl.where(sees[:, None], acc * (1.0 / total)[:, None], 0.0)
     if ACCURATE:
+        out = acc / total[:, None]
         lse = top + tl.log(total)
     else:
+        out = acc * (1.0 / total)[:, None]
         lse = (top + tl.log2(total)) * LN2
+    out = tl.where(sees[:, None], out, 0.0)
     lse = tl.where(sees, lse, float("-inf"))
     out_ptr += q_begin * out_row_stride + head * DIM_V
     _store_rows(out_ptr, out, rows, out_row_stride, lq, DIM_V, PADDED_V)
@@ -374,7 +376,8 @@ def _varlen_attn_bwd_dq_kernel(
             s, boundary, place[:, None], keys[None, :], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
         )
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        ds = _exp(s - lse[:, None], ACCURATE) * (dp - delta[:, None])
+        p = _exp(s - lse[:, None], ACCURATE)
+        ds = p * (dp - delta[:, None])
         if HAS_CAP:
             ds *= slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")

@@ -104,6 +104,23 @@ def test_bad_boundaries_are_named(backend, bad, side):
         op(out, *case.inputs(), out, lse, *bounds.values(), *options)
 
 
+@pytest.mark.skipif("triton" not in FAST_BACKENDS, reason="only what never waits for a GPU cannot name them")
+@pytest.mark.parametrize("bad", BAD_BOUNDS)
+def test_bad_boundaries_on_the_device_stay_within_the_tensors(bad):
+    from pyfinetune.kernels import varlen_attn as kernel
+
+    bounds = torch.tensor(BAD_BOUNDS[bad][0], dtype=torch.int32)
+    tensors = [Guarded((10, heads, 16), torch.float32) for heads in (4, 4, 2, 2, 4, 4, 2, 2)]
+    dout, q, k, v, out, dq, dk, dv = (guarded.tensor for guarded in tensors)
+    lse, options = Guarded((4, 10), torch.float32), (True, 0.25, -1, -1, 0.0)
+    for x in (dout, q, k, v):
+        x.normal_()
+    kernel.varlen_attn(q, k, v, bounds, bounds, out, lse.tensor, *options)
+    kernel.varlen_attn_bwd(dout, q, k, v, out, lse.tensor, bounds, bounds, dq, dk, dv, *options)
+    for guarded in (*tensors, lse):
+        guarded.check()
+
+
 def test_strided_boundaries_are_read_right():
     case = make([3, 7], heads=(4, 2))
     expected = case.run()

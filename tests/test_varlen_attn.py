@@ -191,19 +191,19 @@ LAYOUTS = {
 @every_dtype
 @every_backend
 def test_any_layout_gives_the_same_bits(backend, dtype, layout):
-    case = make([37, 1, 64], dtype=dtype, heads=(6, 2), rest=2)
+    case = make([9, 1, 33] if INTERPRETED else [37, 1, 64], dtype=dtype, heads=HEADS if INTERPRETED else (6, 2), rest=2)
     views = [x.detach().requires_grad_() for x in LAYOUTS[layout](case)]
     assert not all(x.is_contiguous() for x in views) or layout == "odd offset"
     before = [x.detach().clone() for x in views]
     with pf.use_backend(backend):
-        assert same(case.with_inputs(*views).run(), case.run())
-        dout = case.dout(dtype)
+        dout, expected = case.dout(dtype), case.run()
+        assert same(case.with_inputs(*views).run(), expected)
         for change in (
             lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
             offset,
             lambda x: x.mT.contiguous().mT,
         ):
-            assert same(case.run(change(dout)), case.run(dout))
+            assert same(case.run(change(dout)), expected)
     assert same(views, before)
 
 
@@ -352,7 +352,7 @@ def test_autocast_sets_the_compute_dtype():
 @every_dtype
 @every_backend
 def test_same_bits_a_hundred_times(backend, dtype):
-    case = make([37, 1, 64], dtype=dtype, heads=(6, 2), rest=1)
+    case = make([37, 1, 64], dtype=dtype, heads=HEADS if INTERPRETED else (6, 2), rest=1)
     with pf.use_backend(backend):
         expected = case.run()
         assert all(same(case.run(), expected) for _ in range(2 if INTERPRETED else 100))
@@ -423,12 +423,12 @@ def test_thousands_of_documents_and_empty_ones_between(backend):
 def test_no_document_sees_another(backend, dtype, options, filling):
     """unsloth #1207, transformers #46634: packed documents attended to each other, and nothing said so."""
     lengths = [37, 5, 64, 70, 1, 20]
-    case = make(lengths, dtype=dtype, heads=(4, 2), dim=16, rest=5, **options)
+    case = make(lengths, dtype=dtype, heads=HEADS if INTERPRETED else (4, 2), dim=16, rest=5, **options)
     bounds = case.cu_seqlens_q.tolist()
     with pf.use_backend(backend):
         dout = case.dout(dtype)
         expected = case.run(dout)
-        for i in (0, 2, 3, 4):
+        for i in (2,) if INTERPRETED else (0, 2, 3, 4):
             inside = slice(bounds[i], bounds[i + 1])
             changed, other_dout = case.cast(dtype), dout.clone()
             for x in (*changed.inputs(), other_dout):
@@ -444,7 +444,7 @@ def test_no_document_sees_another(backend, dtype, options, filling):
 def test_packed_equals_separate(backend, dtype):
     """The same as above: a document's bits are those of the document alone, wherever it stands."""
     lengths = [37, 1, 64, 130]
-    case = make(lengths, dtype=dtype, heads=(4, 2))
+    case = make(lengths, dtype=dtype, heads=HEADS if INTERPRETED else (4, 2))
     bounds = case.cu_seqlens_q.tolist()
     with pf.use_backend(backend):
         packed, dout = case.run(), case.dout(dtype)

@@ -464,8 +464,6 @@ def _varlen_attn_bwd_dkv_kernel(
             st, slope = _tanh(st, ACCURATE)
             st *= cap
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        if not ACCURATE:
-            lse *= LOG2E
         place = rows + ahead
         newest = tl.minimum(start + BLOCK_M, lq) - 1 + ahead
         boundary = first + BLOCK_N > lk
@@ -476,6 +474,8 @@ def _varlen_attn_bwd_dkv_kernel(
         st = _hide_unseen(
             st, boundary, place[None, :], keys[:, None], lk, window_left, window_right, HAS_LEFT, HAS_RIGHT, BRANCH
         )
+        if not ACCURATE:
+            lse *= LOG2E  # as late as this, or its registers spill
         pt = _exp(st - lse[None, :], ACCURATE)
         dout = _load_rows(dout_ptr + member * dout_head_stride, rows, dout_row_stride, lq, DIM_V, PADDED_V)
         if NEED_DV:

@@ -71,6 +71,7 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, c
         sizes = _FLOAT32[size]
     else:
         sizes = _tensor_cores(capability)[kernel][size]
+    crowded |= capability >= 120 and kernel == "dkv"  # compiled for sm_120 the plain one spills, too
     chosen = sizes[-1 if crowded else 0]
     return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in (chosen, _SMALLEST)]
 

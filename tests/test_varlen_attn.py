@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import NAMES, Case, cu, hold_to_the_oracle, make, same
-from backends import DTYPES, FAST_BACKENDS
+from attention_cases import HEADS, NAMES, Case, cu, hold_to_the_oracle, make, same
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED
 
 import pyfinetune as pf
 from pyfinetune.ops._op import REGISTRY
@@ -27,6 +27,8 @@ OPTIONS = [
     {"softmax_scale": 0.3},
     {"softmax_scale": -8.0},
 ]
+HALF = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float16
+EVERY_HEADS = [] if INTERPRETED else [(4, 1), (2, 2)]
 PACKED = [37, 1, 64, 0, 90]
 # Queries at the end of longer keys, as in decoding; and fewer keys than queries, so that the first see none.
 UNEQUAL = {"short queries": ([5, 1, 33, 70], [40, 17, 33, 131]), "short keys": ([40, 7, 9, 70], [9, 0, 1, 67])}
@@ -42,6 +44,8 @@ def option_name(options):
 
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
+# Numpy runs the interpreter's arithmetic, and has opinions about infinities and NaNs.
+numpy_may_warn = pytest.mark.filterwarnings("ignore::RuntimeWarning" if INTERPRETED else "error::RuntimeWarning")
 every_backend = pytest.mark.parametrize("backend", FAST_BACKENDS)
 
 
@@ -133,14 +137,19 @@ def test_backend_is_as_good_as_eager(backend, dtype, options):
 @every_dtype
 @every_backend
 def test_backend_with_unequal_lengths(backend, dtype, lengths, options):
-    hold_to_the_oracle(backend, *lengths, dtype=dtype, heads=(4, 1), dim=32, rest=2, draws=2, **options)
+    if INTERPRETED and dtype == torch.float32 and options.get("softcap"):
+        pytest.skip("numpy's float32 exp, which the interpreter calls, is three times as far off as torch's")
+    heads = (2, 1) if INTERPRETED else (4, 1)
+    hold_to_the_oracle(backend, *lengths, dtype=dtype, heads=heads, dim=32, rest=2, draws=2, **options)
 
 
 @pytest.mark.parametrize("dim", [16, 40, 64, 72, 128, 256])
-@pytest.mark.parametrize("heads", [(9, 3), (4, 1), (2, 2)], ids=["grouped", "one kv head", "own kv head"])
+@pytest.mark.parametrize("heads", [HEADS, *EVERY_HEADS], ids=str)
 @every_dtype
 @every_backend
 def test_backend_at_every_head_dim(backend, dtype, heads, dim):
+    if INTERPRETED and dtype == torch.float32 and dim == 256:
+        pytest.skip("numpy sums the 256 float32 products of a score in one chain, where torch splits it")
     hold_to_the_oracle(backend, [33, 66], dtype=dtype, dim=dim, heads=heads)
 
 
@@ -184,19 +193,19 @@ LAYOUTS = {
 @every_dtype
 @every_backend
 def test_any_layout_gives_the_same_bits(backend, dtype, layout):
-    case = make([37, 1, 64], dtype=dtype, heads=(6, 2), rest=2)
+    case = make([9, 1, 33] if INTERPRETED else [37, 1, 64], dtype=dtype, heads=HEADS if INTERPRETED else (6, 2), rest=2)
     views = [x.detach().requires_grad_() for x in LAYOUTS[layout](case)]
     assert not all(x.is_contiguous() for x in views) or layout == "odd offset"
     before = [x.detach().clone() for x in views]
     with pf.use_backend(backend):
-        assert same(case.with_inputs(*views).run(), case.run())
-        dout = case.dout(dtype)
+        dout, expected = case.dout(dtype), case.run()
+        assert same(case.with_inputs(*views).run(), expected)
         for change in (
             lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
             offset,
             lambda x: x.mT.contiguous().mT,
         ):
-            assert same(case.run(change(dout)), case.run(dout))
+            assert same(case.run(change(dout)), expected)
     assert same(views, before)
 
 
@@ -231,7 +240,7 @@ def test_gradients_flow_into_a_fused_projection():
 # 5. edge shapes
 
 
-ODD = [1, 63, 64, 65, 127, 130, 513]
+ODD = [1, 31, 32, 33, 63, 64, 65, 129] if INTERPRETED else [1, 63, 64, 65, 127, 130, 513]
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_size": (64, 0)}], ids=option_name)
@@ -260,7 +269,7 @@ def test_empty_and_tiny(backend, rest, lengths):
 
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_rows_past_the_last_document_are_not_read(backend):
-    case = make([30, 4], rest=20, dtype=torch.bfloat16)
+    case = make([30, 4], rest=20, dtype=HALF)
     with pf.use_backend(backend):
         expected = case.run()
         for x in case.inputs():
@@ -270,6 +279,7 @@ def test_rows_past_the_last_document_are_not_read(backend):
     assert not any(x[34:].any() for x in (out, *grads))
 
 
+@numpy_may_warn
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_queries_that_see_no_key(backend):
     """Zeros, -inf and no gradient, even where the values are infinite."""
@@ -345,13 +355,14 @@ def test_autocast_sets_the_compute_dtype():
 @every_dtype
 @every_backend
 def test_same_bits_a_hundred_times(backend, dtype):
-    case = make([37, 1, 64], dtype=dtype, heads=(6, 2), rest=1)
+    case = make([37, 1, 64], dtype=dtype, heads=HEADS if INTERPRETED else (6, 2), rest=1)
     with pf.use_backend(backend):
         expected = case.run()
-        assert all(same(case.run(), expected) for _ in range(100))
+        assert all(same(case.run(), expected) for _ in range(2 if INTERPRETED else 100))
 
 
 @pytest.mark.parametrize("lengths", [[300], [37, 1, 64, 0, 90, 130]], ids=["one document", "several"])
+@pytest.mark.skipif("cpu" not in FAST_BACKENDS, reason="only the CPU's kernels have threads of torch's")
 @every_dtype
 @every_backend
 def test_the_thread_count_changes_no_bit(backend, dtype, lengths):
@@ -370,7 +381,7 @@ def test_the_thread_count_changes_no_bit(backend, dtype, lengths):
 
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_second_backward_gives_the_same_gradients_and_nothing_is_mutated(backend):
-    case = make([37, 1, 64], [40, 3, 64], dtype=torch.bfloat16, rest=1)
+    case = make([37, 1, 64], [40, 3, 64], dtype=HALF, rest=1)
     before = [x.detach().clone() for x in case.args()]
     with pf.use_backend(backend):
         out = case.forward()
@@ -388,7 +399,7 @@ def test_second_backward_gives_the_same_gradients_and_nothing_is_mutated(backend
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_thousands_of_documents_and_empty_ones_between(backend):
     """flash-attention #443, #1311, #2611: a crash or NaN with empty documents, or with very many of them."""
-    lengths = [1] * 8192
+    lengths = [1] * (64 if INTERPRETED else 8192)
     case = make(lengths, heads=(3, 1), dim=16)
     with pf.use_backend(backend):
         out, lse, dq, _dk, dv = case.run()
@@ -408,17 +419,18 @@ def test_thousands_of_documents_and_empty_ones_between(backend):
 @pytest.mark.parametrize(
     "options", [{}, {"causal": False}, {"causal": False, "window_size": (30, 30)}], ids=option_name
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@numpy_may_warn
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=name)
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "reference"])
 def test_no_document_sees_another(backend, dtype, options, filling):
     """unsloth #1207, transformers #46634: packed documents attended to each other, and nothing said so."""
     lengths = [37, 5, 64, 70, 1, 20]
-    case = make(lengths, dtype=dtype, heads=(4, 2), dim=16, rest=5, **options)
+    case = make(lengths, dtype=dtype, heads=HEADS if INTERPRETED else (4, 2), dim=16, rest=5, **options)
     bounds = case.cu_seqlens_q.tolist()
     with pf.use_backend(backend):
         dout = case.dout(dtype)
         expected = case.run(dout)
-        for i in (0, 2, 3, 4):
+        for i in (2,) if INTERPRETED else (0, 2, 3, 4):
             inside = slice(bounds[i], bounds[i + 1])
             changed, other_dout = case.cast(dtype), dout.clone()
             for x in (*changed.inputs(), other_dout):
@@ -434,7 +446,7 @@ def test_no_document_sees_another(backend, dtype, options, filling):
 def test_packed_equals_separate(backend, dtype):
     """The same as above: a document's bits are those of the document alone, wherever it stands."""
     lengths = [37, 1, 64, 130]
-    case = make(lengths, dtype=dtype, heads=(4, 2))
+    case = make(lengths, dtype=dtype, heads=HEADS if INTERPRETED else (4, 2))
     bounds = case.cu_seqlens_q.tolist()
     with pf.use_backend(backend):
         packed, dout = case.run(), case.dout(dtype)

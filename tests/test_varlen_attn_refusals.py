@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import Case, cu, make, same
-from backends import DTYPES
+from backends import DTYPES, FAST_BACKENDS
 from oracle import Guarded
 
 import pyfinetune as pf
@@ -18,7 +18,7 @@ EVERY_BACKEND = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 def test_the_backend_is_chosen_by_dtype_and_head_dim():
     for dtype in DTYPES:
-        assert pf.explain("varlen_attn", *make([5], dtype=dtype).args()).backend == "cpu"
+        assert pf.explain("varlen_attn", *make([5], dtype=dtype).args()).backend == FAST_BACKENDS[0]
     for other, why in [
         (make([5], dim=20), "head_dim is 20"),
         (make([5], dim=264), "head_dim is 264"),
@@ -102,6 +102,23 @@ def test_bad_boundaries_are_named(backend, bad, side):
     options = (True, 0.125, -1, -1, 0.0, True, True, True)
     with pf.use_backend(backend), pytest.raises(pf.InvalidInput, match=f"^varlen_attn: {side} {message}"):
         op(out, *case.inputs(), out, lse, *bounds.values(), *options)
+
+
+@pytest.mark.skipif("triton" not in FAST_BACKENDS, reason="only what never waits for a GPU cannot name them")
+@pytest.mark.parametrize("bad", BAD_BOUNDS)
+def test_bad_boundaries_on_the_device_stay_within_the_tensors(bad):
+    from pyfinetune.kernels import varlen_attn as kernel
+
+    bounds = torch.tensor(BAD_BOUNDS[bad][0], dtype=torch.int32)
+    tensors = [Guarded((10, heads, 16), torch.float32) for heads in (4, 4, 2, 2, 4, 4, 2, 2)]
+    dout, q, k, v, out, dq, dk, dv = (guarded.tensor for guarded in tensors)
+    lse, options = Guarded((4, 10), torch.float32), (True, 0.25, -1, -1, 0.0)
+    for x in (dout, q, k, v):
+        x.normal_()
+    kernel.varlen_attn(q, k, v, bounds, bounds, out, lse.tensor, *options)
+    kernel.varlen_attn_bwd(dout, q, k, v, out, lse.tensor, bounds, bounds, dq, dk, dv, *options)
+    for guarded in (*tensors, lse):
+        guarded.check()
 
 
 def test_strided_boundaries_are_read_right():

@@ -10,12 +10,14 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops import _varlen_attn_reference as reference
 from pyfinetune.ops._checks import ALL_FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
 
 _NAME = "varlen_attn"
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _CU_SEQLENS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _OPTIONS = "bool causal, float softmax_scale, int window_left, int window_right, float softcap"
 _ARGS = 10
+MOST_ROWS = 1 << 30  # the Triton kernels count a document's rows in int32, and add a window's to them
 HUGE_PAGES_FROM = 4 << 20  # bytes; the first touch of huge pages costs a fraction of small pages'
 
 
@@ -78,11 +80,22 @@ def _fake_bwd(_dout, q, k, v, *rest):
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), rest[-3:], strict=True))
 
 
-def _cpu_why_not(q, _k, v, *_rest):
+def _head_dim_why_not(q, v) -> str | None:
     for name, size in (("head_dim", q.shape[2]), ("v's head_dim", v.shape[2])):
         if size % 8 or not 16 <= size <= 256:
             return f"{name} is {size}, the kernel needs a multiple of 8 from 16 to 256"
-    return cpu_why_not(q, v)
+    return None
+
+
+def _cpu_why_not(q, _k, v, *_rest):
+    return _head_dim_why_not(q, v) or cpu_why_not(q, v)
+
+
+def _triton_why_not(q, k, v, *_rest):
+    for name, rows in (("q", q.shape[0]), ("k", k.shape[0])):
+        if rows >= MOST_ROWS:
+            return f"{name} has {rows} rows, the kernel needs fewer than {MOST_ROWS}"
+    return _head_dim_why_not(q, v) or triton_why_not(q, k, v)
 
 
 def _rowwise(x: torch.Tensor) -> torch.Tensor:
@@ -114,6 +127,24 @@ def _cpu_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *rest):
     return grads
 
 
+def _triton_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+    out, lse = _fake(q, k, v)
+    inputs = [*map(_rowwise, (q, k, v)), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()]
+    with on_device_of(q):
+        kernels(_NAME).varlen_attn(*inputs, out, lse, *options)
+    return out, lse
+
+
+def _triton_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *rest):
+    options, needs = rest[:5], rest[5:]
+    grads = _fake_bwd(dout, q, k, v, *needs)
+    inputs = [*map(_rowwise, (dout, q, k, v)), *(x.contiguous() for x in (out, lse, cu_seqlens_q, cu_seqlens_k))]
+    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    with on_device_of(q):
+        kernels(_NAME).varlen_attn_bwd(*inputs, *wanted, *options)
+    return grads
+
+
 _bwd = Op(
     "varlen_attn_bwd",
     f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_CU_SEQLENS}, {_OPTIONS}, "
@@ -121,7 +152,10 @@ _bwd = Op(
     check=_check_bwd,
     fake=_fake_bwd,
     reference=reference.backward,
-    backends=[Backend("cpu", _cpu_backward, lambda dout, *args: _cpu_why_not(*args))],
+    backends=[
+        Backend("triton", _triton_backward, lambda dout, *args: _triton_why_not(*args)),
+        Backend("cpu", _cpu_backward, lambda dout, *args: _cpu_why_not(*args)),
+    ],
 )
 
 
@@ -185,7 +219,7 @@ _varlen_attn = Op(
     check=_check,
     fake=_fake,
     reference=reference.forward,
-    backends=[Backend("cpu", _cpu_forward, _cpu_why_not)],
+    backends=[Backend("triton", _triton_forward, _triton_why_not), Backend("cpu", _cpu_forward, _cpu_why_not)],
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,

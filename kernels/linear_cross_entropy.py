@@ -98,9 +98,7 @@ def _tanh(x):
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
     square = tl.minimum(size * size, 1.0)
-    series = size * (
-        1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
-    )
+    series = size * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     value = tl.where(size < 0.25, series, (1.0 - e) / (1.0 + e))
     return tl.where(x < 0.0, -value, value)
 
@@ -115,10 +113,12 @@ def _bounded(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _load_logits(rows, bias_ptr, cols, inside, width, vocab, bias_stride, softcap, BIAS, SOFTCAP):
+def _load_logits(
+    rows, bias_ptr, cols, keep, width, vocab, bias_stride, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
+):
     """[ROWS, BLOCK] capped logits in float32, and their slopes; anything past the vocabulary."""
     # Whole vectors: up to the padded width.
-    z = tl.load(rows + cols[None, :], mask=inside[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+    z = tl.load(rows + cols[None, :], mask=keep[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
     if BIAS:
         z += tl.load(bias_ptr + cols.to(tl.int64) * bias_stride, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
     return _bounded(z, softcap, SOFTCAP)
@@ -148,7 +148,7 @@ def _linear_cross_entropy_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses of a chunk's tokens; with GRAD their gradient in place of the logits, with ZEROS also where none counts."""
+    """A chunk's losses; with GRAD their gradients in place of the logits, with ZEROS also where no token counts."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     kept = tl.minimum(tl.load(count_ptr) - start, num_rows)
     local = first + tl.arange(0, ROWS)
@@ -176,7 +176,7 @@ def _linear_cross_entropy_fwd_kernel(
     others = tl.zeros([ROWS, BLOCK], tl.float32)
     for begin in range(0, width, BLOCK):
         cols = begin + tl.arange(0, BLOCK)
-        z, _slopes = _load_logits(rows, bias_ptr, cols, inside, width, vocab, bias_stride, softcap, BIAS, SOFTCAP)
+        z, _slopes = _load_logits(rows, bias_ptr, cols, keep, width, vocab, bias_stride, softcap, BIAS, SOFTCAP)
         z = tl.where((cols < vocab)[None, :] & (cols[None, :] != target[:, None]), z, float("-inf"))
         rise = z - peak
         shrunk = tl.exp(-tl.abs(rise))
@@ -194,7 +194,7 @@ def _linear_cross_entropy_fwd_kernel(
         last = (width - 1) // BLOCK * BLOCK
         for back in range(0, width, BLOCK):
             cols = last - back + tl.arange(0, BLOCK)
-            z, slope = _load_logits(rows, bias_ptr, cols, inside, width, vocab, bias_stride, softcap, BIAS, SOFTCAP)
+            z, slope = _load_logits(rows, bias_ptr, cols, keep, width, vocab, bias_stride, softcap, BIAS, SOFTCAP)
             e = tl.where(cols[None, :] == target[:, None], -other[:, None], tl.exp(z - top[:, None]))
             g = tl.where(keep[:, None] & (cols < vocab)[None, :], e * slope * share[:, None], 0.0)
             given = inside[:, None] & (cols < width)[None, :]
@@ -290,7 +290,7 @@ def _tokens_first(labels: torch.Tensor, ignore_index: int, capability: int) -> C
 
 
 def _move(chunk: Chunk, out, source, factor=None, scatter=False) -> None:
-    """Gather the chunk's rows of `source` into `out`, or scatter those of `source`, times a factor, to theirs in `out`."""
+    """Gather the chunk's rows of `source` into `out`, or scatter `source`, times a factor, to those rows of `out`."""
     width = out.shape[1]
     config = _config("move", chunk.capability, width)
     grid = (triton.cdiv(chunk.size, config.blocks["ROWS"]), triton.cdiv(width, config.blocks["BLOCK"]))

@@ -67,9 +67,8 @@ def _linear_cross_entropy_matmul_kernel(
     tiles_m, tiles_n = tl.cdiv(size_m, BLOCK_M), tl.cdiv(size_n, BLOCK_N)
     if program >= tiles_m * tiles_n:
         return
-    if ACCUMULATE:
-        if kept == 0:
-            return
+    if ACCUMULATE and kept == 0:
+        return
     group = program // (GROUP_M * tiles_n)
     group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     place = program % (GROUP_M * tiles_n)
@@ -111,7 +110,7 @@ def configs(product: str, capability: int) -> list[Config]:
     d_hidden has fewer tiles (tokens by hidden size, not by vocabulary): smaller ones, two to a processor.
     """
     if capability == INTERPRETER:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 2})]
+        return [Config({"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 2})]
     large = _config(128, 256, 32, num_warps=8, num_stages=4)
     small = _config(128, 128, 32, num_warps=4, num_stages=3)
     return [small, large] if product == "d_hidden" else [large, small]

@@ -1,5 +1,5 @@
-"""The Triton kernels of linear cross-entropy apart from the op: tile boundaries, the device's own list of tokens, labels
-that no kernel may read, and what is chosen where. All but the choices run under the interpreter only."""
+"""The Triton kernels of linear cross-entropy apart from the op: tile boundaries, the list of tokens that the device makes,
+labels that no kernel may read, and what is chosen where. All but the choices run under the interpreter only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TestTiles:
     def test_tokens(self, dtype, tokens):
         hold_to_the_oracle("triton", tokens, 150, 24, dtype=dtype, ignored=0.0, bias=True, draws=2)
 
-    @pytest.mark.parametrize("kept", [0, 1, 15, 16, 17, PRODUCT["BLOCK_M"], PRODUCT["BLOCK_M"] + 1, 69])
+    @pytest.mark.parametrize("kept", [0, 1, 15, 17, PRODUCT["BLOCK_M"], PRODUCT["BLOCK_M"] + 1, 69])
     def test_tokens_that_count(self, dtype, kept):
         case = make(70, 150, 24, dtype=dtype, ignored=0.0, bias=True, reduction="sum", workspace=40 * 192 * 4)
         case.labels[torch.randperm(70)[kept:]] = IGNORED
@@ -53,7 +53,7 @@ class TestTiles:
         for ours, right in zip(case.run(), exact, strict=True):
             torch.testing.assert_close(ours.double(), right, rtol=2e-2, atol=2e-2)
 
-    @pytest.mark.parametrize("vocab", [PRODUCT["BLOCK_N"] + i for i in (-1, 0, 1)] + [511, 512, 513])
+    @pytest.mark.parametrize("vocab", [PRODUCT["BLOCK_N"] + i for i in (-1, 0, 1)] + [512, 513])
     def test_vocabulary(self, dtype, vocab):
         hold_to_the_oracle("triton", 20, vocab, 24, dtype=dtype, bias=True, softcap=5.0, draws=2)
 
@@ -94,6 +94,7 @@ def test_a_label_outside_the_vocabulary_makes_its_own_token_nan(label):
 
 
 @in_python
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # d_weight itself is beyond float16
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 65536.0, 1e30])
 @pytest.mark.usefixtures("_products")
 def test_float16_gradients_of_any_scale(size):
@@ -157,7 +158,7 @@ def test_the_plan_keeps_to_the_workspace(tokens, vocab, workspace, trains):
     if workspace:
         assert rows == 1 or rows * row <= workspace
     else:
-        assert rows >= min(tokens, triton.MIN_ROWS)
+        assert rows >= min(tokens, triton.MIN_ROWS // 2)  # equal chunks, none of more than the budget
         least = triton.MIN_ROWS * row
         assert rows * row <= max(triton.LOGITS_BYTES, least, vocab * 2048 if trains else 0)
 

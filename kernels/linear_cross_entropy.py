@@ -36,6 +36,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Elements that a row of logits is padded to: 128 bytes of a 16-bit type, so that every row is read in whole vectors
 # (a vocabulary of 50257 would leave all but one row misaligned).
 _PADDING = 64
+_MAX_STRIDE = 1 << 22  # of a weight's rows: within a tile of a product places are counted in int32
 
 
 @triton.jit(do_not_specialize=["num_tokens", "ignore_index"])
@@ -93,23 +94,21 @@ def _linear_cross_entropy_move_kernel(
 
 
 @triton.jit
-def _tanh(x):
-    # The quotient alone would lose a small x in its 1 - e.
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    square = tl.minimum(size * size, 1.0)
-    series = size * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
-    value = tl.where(size < 0.25, series, (1.0 - e) / (1.0 + e))
-    return tl.where(x < 0.0, -value, value)
-
-
-@triton.jit
 def _bounded(z, softcap, SOFTCAP: tl.constexpr):
-    """The capped logits, and the slope of that."""
+    """softcap * tanh(z / softcap), and its slope; with no cap z itself."""
     if SOFTCAP:
-        t = _tanh(z / softcap)
-        return softcap * t, 1.0 - t * t
-    return z, 1.0
+        x = z / softcap
+        size = tl.abs(x)
+        e = tl.exp(-2.0 * size)
+        # Near 0 the quotient would lose x in its 1 - e; far from it, 1 - tanh^2 would lose the slope in its 1.
+        square = tl.minimum(size * size, 1.0)
+        series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
+        small = size < 0.25
+        t = tl.where(small, size * series, (1.0 - e) / (1.0 + e))
+        slope = tl.where(small, 1.0 - t * t, 4.0 * e / ((1.0 + e) * (1.0 + e)))
+        return softcap * tl.where(x < 0.0, -t, t), slope
+    else:
+        return z, 1.0
 
 
 @triton.jit
@@ -257,12 +256,12 @@ def configs(kernel: str, capability: int, width: int = 0) -> list[Config]:
     if kernel == "rows":
         return [Config({"BLOCK": 4096}, num_warps=8, shared_bytes=1024)]
     if kernel == "bias":
-        return [Config({"ROWS": 32, "BLOCK": 128}, shared_bytes=32 * 128 * 4)]
+        return [Config({"ROWS": 32, "BLOCK": 128}, num_warps=8, shared_bytes=32 * 128 * 4)]
     if kernel == "fwd":
         block = _power(width, 512, 8192)
-        return [Config({"ROWS": 1, "BLOCK": block}, num_warps=max(4, block // 512), shared_bytes=1024)]
+        return [Config({"ROWS": 1, "BLOCK": block}, num_warps=max(4, block // 512), shared_bytes=4 * block + 1024)]
     block = _power(width, 64, 1024)
-    return [Config({"ROWS": 4096 // block, "BLOCK": block}, shared_bytes=1024)]
+    return [Config({"ROWS": 4096 // block, "BLOCK": block}, num_warps=8, shared_bytes=1024)]
 
 
 def _power(size: int, least: int, most: int) -> int:
@@ -381,7 +380,9 @@ def linear_cross_entropy(
         where it is not wanted.
     """
     (tokens, width), vocab, capability = hidden.shape, weight.shape[0], capability_of(hidden)
-    hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    if weight.stride(1) != 1 or weight.stride(0) > _MAX_STRIDE:
+        weight = weight.contiguous()
     losses = hidden.new_zeros(tokens, dtype=torch.float32)
     d_hidden = hidden.new_zeros((tokens, width) if needs[0] else (0,))
     make = hidden.new_empty if tokens else hidden.new_zeros  # the first chunk writes them

@@ -251,7 +251,7 @@ def configs(kernel: str, capability: int, width: int = 0) -> list[Config]:
     """
     if capability == INTERPRETER:
         cols = _power(width, 64, 512)
-        blocks = {"rows": {"BLOCK": 64}, "fwd": {"ROWS": 16, "BLOCK": cols}, "bias": {"ROWS": 16, "BLOCK": 128}}
+        blocks = {"rows": {"BLOCK": 64}, "fwd": {"ROWS": 32, "BLOCK": cols}, "bias": {"ROWS": 64, "BLOCK": 256}}
         return [Config(blocks.get(kernel, {"ROWS": 64, "BLOCK": cols}))]
     if kernel == "rows":
         return [Config({"BLOCK": 4096}, num_warps=8, shared_bytes=1024)]

@@ -1,5 +1,5 @@
-"""The Triton kernels of linear cross-entropy apart from the op: tile boundaries, the list of tokens that the device makes,
-labels that no kernel may read, and what is chosen where. All but the choices run under the interpreter only."""
+"""The Triton kernels of linear cross-entropy apart from the op: tile boundaries, the device's list of tokens, labels
+that no kernel may read, and what is chosen where. All but the choices run under the interpreter only."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ class TestTiles:
 
     @pytest.mark.parametrize("tokens", [PRODUCT["BLOCK_M"] + i for i in (-1, 0, 1)])
     def test_tokens(self, dtype, tokens):
-        hold_to_the_oracle("triton", tokens, 150, 24, dtype=dtype, ignored=0.0, bias=True, draws=2)
+        hold_to_the_oracle("triton", tokens, 150, 24, dtype=dtype, ignored=0.0, bias=True, draws=1)
 
-    @pytest.mark.parametrize("kept", [0, 1, 15, 17, PRODUCT["BLOCK_M"], PRODUCT["BLOCK_M"] + 1, 69])
+    @pytest.mark.parametrize("kept", [0, 1, 31, 32, 33, PRODUCT["BLOCK_M"], PRODUCT["BLOCK_M"] + 1])
     def test_tokens_that_count(self, dtype, kept):
-        case = make(70, 150, 24, dtype=dtype, ignored=0.0, bias=True, reduction="sum", workspace=40 * 192 * 4)
-        case.labels[torch.randperm(70)[kept:]] = IGNORED
+        case = make(140, 150, 24, dtype=dtype, ignored=0.0, bias=True, reduction="sum", workspace=140 * 192 * 2)
+        case.labels[torch.randperm(140)[kept:]] = IGNORED
         exact = case.cast(torch.float64).plain()
         for ours, right in zip(case.run(), exact, strict=True):
             torch.testing.assert_close(ours.double(), right, rtol=2e-2, atol=2e-2)
 
     @pytest.mark.parametrize("vocab", [PRODUCT["BLOCK_N"] + i for i in (-1, 0, 1)] + [512, 513])
     def test_vocabulary(self, dtype, vocab):
-        hold_to_the_oracle("triton", 20, vocab, 24, dtype=dtype, bias=True, softcap=5.0, draws=2)
+        hold_to_the_oracle("triton", 20, vocab, 24, dtype=dtype, bias=True, softcap=5.0)
 
     @pytest.mark.parametrize("width", [PRODUCT["BLOCK_K"] + i for i in (-1, 0, 1)] + [PRODUCT["BLOCK_N"] + 1])
     def test_hidden_size(self, dtype, width):
-        hold_to_the_oracle("triton", 20, 150, width, dtype=dtype, draws=2)
+        hold_to_the_oracle("triton", 20, 150, width, dtype=dtype)
 
 
 @in_python

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from backends import DTYPES, FAST_BACKENDS
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED
 from cross_entropy_cases import IGNORED, LargestAllocation, make, name
 from oracle import BACKWARD, FORWARD, Guarded, assert_as_good_as
 
@@ -37,6 +37,7 @@ def test_large_logits_and_masked_entries(dtype):
             assert_as_good_as(*results, BACKWARD if i else FORWARD, f"output {i}")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_nan_and_infinity_reach_the_loss():
     case = make(6, 300, 8, ignored=0.0, workspace=64 * 6 * 4, reduction="none", bias=True)
     hidden = case.hidden.detach().clone()
@@ -51,7 +52,7 @@ def test_nan_and_infinity_reach_the_loss():
 
 def test_float16_sums_do_not_overflow():
     """A sum over a tile of the vocabulary, or over the tokens, may be beyond 65504 where the gradient is not."""
-    case = make(300, 4096, 4, dtype=torch.float16, ignored=0.0)
+    case = make(300, 1200 if INTERPRETED else 4096, 4, dtype=torch.float16, ignored=0.0)
     with torch.no_grad():
         case.weight.fill_(60.0)
         case.hidden.fill_(1000.0 / 60)

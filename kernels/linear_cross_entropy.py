@@ -167,7 +167,7 @@ def _linear_cross_entropy_fwd_kernel(
     if BIAS:
         picked += tl.load(bias_ptr + target * bias_stride, mask=known, other=0.0).to(tl.float32)
     picked, _slope = _bounded(picked, softcap, SOFTCAP)
-    picked = tl.where(known, picked, float("nan"))
+    picked = tl.where(keep & ~known, float("nan"), picked)
 
     # Each lane keeps its own peak, so that a walk takes one exponential an element and no exchange between lanes. The
     # label stands apart: its gradient is minus the sum of the others, exact where the token is certain of its label.

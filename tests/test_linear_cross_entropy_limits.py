@@ -7,14 +7,13 @@ import math
 
 import pytest
 import torch
-from backends import DTYPES, FAST_BACKENDS
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED
 from cross_entropy_cases import IGNORED, LargestAllocation, make, name
 from oracle import BACKWARD, FORWARD, Guarded, assert_as_good_as
 
 import pyfinetune as pf
 from pyfinetune._native import capsule, native
 from pyfinetune.ops import _linear_cross_entropy_cpu as cpu
-
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +37,7 @@ def test_large_logits_and_masked_entries(dtype):
             assert_as_good_as(*results, BACKWARD if i else FORWARD, f"output {i}")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_nan_and_infinity_reach_the_loss():
     case = make(6, 300, 8, ignored=0.0, workspace=64 * 6 * 4, reduction="none", bias=True)
     hidden = case.hidden.detach().clone()
@@ -52,7 +52,7 @@ def test_nan_and_infinity_reach_the_loss():
 
 def test_float16_sums_do_not_overflow():
     """A sum over a tile of the vocabulary, or over the tokens, may be beyond 65504 where the gradient is not."""
-    case = make(300, 4096, 4, dtype=torch.float16, ignored=0.0)
+    case = make(300, 1200 if INTERPRETED else 4096, 4, dtype=torch.float16, ignored=0.0)
     with torch.no_grad():
         case.weight.fill_(60.0)
         case.hidden.fill_(1000.0 / 60)
@@ -212,13 +212,14 @@ def test_the_bindings_check_again(call, change):
 def test_explain_names_the_fast_path():
     case = make((2, 6), 50, 8, bias=True)
     args = (case.hidden, case.weight, case.labels, case.bias)
-    assert pf.explain("linear_cross_entropy", *args, shift=True, softcap=2.0, reduction="none").backend == "cpu"
+    chosen = pf.explain("linear_cross_entropy", *args, shift=True, softcap=2.0, reduction="none").backend
+    assert chosen == FAST_BACKENDS[0]
     double = [t.double() if t.is_floating_point() else t for t in args]
     assert "no kernel for float64" in str(pf.explain("linear_cross_entropy", *double))
 
 
 @pytest.mark.parametrize("gap", [80.0, 88.0, 90.0, 96.0, 103.0, 110.0, 200.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_label_far_above_all_others_has_a_finite_gradient(dtype, gap):
     """The sum of the others is subnormal then, and its reciprocal infinite."""
     hidden = torch.ones(3, 1, dtype=dtype, requires_grad=True)

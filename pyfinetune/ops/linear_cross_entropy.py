@@ -7,8 +7,10 @@ import math
 import torch
 
 from pyfinetune.ops import _linear_cross_entropy_cpu as cpu
+from pyfinetune.ops import _linear_cross_entropy_triton as triton
 from pyfinetune.ops._checks import ALL_FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import triton_why_not
 
 _NAME = "linear_cross_entropy"
 _REFERENCE_WORKSPACE = 64 << 20
@@ -161,13 +163,28 @@ def _reference_scale(grad, scale, dtype):
     return torch.where(scale == 0, 0, grad * scale).to(dtype)
 
 
+def _labels_checked(run, position: int):
+    """Triton's `run`, behind the look at the labels (argument `position`) that it must not take on a GPU."""
+
+    def checked(*args):
+        weight, labels, _bias, ignore_index = args[position - 1 : position + 3]
+        if labels.device.type == "cpu":  # Triton's interpreter
+            _kept_rows(labels, ignore_index, weight.shape[0])
+        return run(*args)
+
+    return checked
+
+
 _bwd = Op(
     f"{_NAME}_bwd",
     f"(Tensor dout, {_HEAD}, {_NEEDS}) -> ({_GRADS})",
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    backends=[Backend("cpu", cpu.backward, lambda *args: cpu_why_not(*args[:3], args[4]))],
+    backends=[
+        Backend("triton", _labels_checked(triton.backward, 3), lambda *args: triton_why_not(*args[:3], args[4])),
+        Backend("cpu", cpu.backward, lambda *args: cpu_why_not(*args[:3], args[4])),
+    ],
 )
 
 _scale = Op(
@@ -176,7 +193,7 @@ _scale = Op(
     check=_check_scale,
     fake=lambda grad, scale, dtype: grad.new_empty(grad.shape, dtype=dtype),
     reference=_reference_scale,
-    backends=[Backend("cpu", cpu.scale, cpu.scale_why_not)],
+    backends=[Backend("triton", triton.scale, triton.scale_why_not), Backend("cpu", cpu.scale, cpu.scale_why_not)],
 )
 
 
@@ -272,7 +289,10 @@ _linear_cross_entropy = Op(
     check=_check,
     fake=_fake,
     reference=_reference,
-    backends=[Backend("cpu", cpu.forward, lambda *args: cpu_why_not(*args[:2], args[3]))],
+    backends=[
+        Backend("triton", _labels_checked(triton.forward, 2), lambda *args: triton_why_not(*args[:2], args[3])),
+        Backend("cpu", cpu.forward, lambda *args: cpu_why_not(*args[:2], args[3])),
+    ],
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,
@@ -313,8 +333,9 @@ def linear_cross_entropy(
         softcap: bound of the logits; 0 is none.
         shift: position t predicts the label at t + 1 of the same row, and the last position predicts nothing, as in
             Hugging Face's models.
-        workspace_bytes: most bytes of logits held at a time; None is the backend's own choice: 4 MiB on the CPU, or
-            128 MiB where the weight or bias trains.
+        workspace_bytes: most bytes of logits held at a time (on a GPU at least one token's); None is the backend's own
+            choice: on a CPU 4 MiB, or 128 MiB where the weight or bias trains; on a GPU the larger of 256 MiB, 1024
+            tokens and, where the weight trains, a quarter of its float32 gradient.
 
     Returns:
         A scalar, or [...] for "none"; float32 (float64 for float64). With no label that counts, "mean" without
@@ -322,7 +343,7 @@ def linear_cross_entropy(
 
     Raises:
         InvalidInput: an argument of the wrong shape, dtype or device, or, on a CPU, a label outside the vocabulary; the
-            message names it.
+            message names it. On a GPU no call waits to look: there such a label makes the loss and the gradients NaN.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 64, requires_grad=True), torch.randn(1000, 64)

@@ -4,6 +4,7 @@
     outer   D = scale * keep(X)^T T                 [K, M] x [M, r]     split over M
     both    T = scale * G B and D = scale * G^T S   one pass over G
     up      Y = onto + scale * keep(inner + S B)    [M, r] x [r, N]     one pass over Y
+    dora    Z = inner + scale * S B,  Y = factor * Z + (base - inner) + bias;  G = factor * dY,  sum of dY * Z by column
 
                K, in `splits` parts                 a program sums its part in float32 and writes it to
          ┌─────────┬─────────┬─────────┐            partial[split]; a second kernel adds the parts up in the
@@ -40,7 +41,7 @@ def _keep(seed_ptr, row, col_begin, width, threshold, ROWS: tl.constexpr, COLS: 
     return words >= threshold.to(tl.uint32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _lora_linear_down_kernel(
     part_ptr,
     x_ptr,
@@ -84,7 +85,7 @@ def _lora_linear_down_kernel(
         if DROPOUT:
             keep = _keep(seed_ptr, row, begin, width, threshold, BLOCK_M, BLOCK_K, QUADS)
             if COPY == 2:  # the dropped input itself, scaled in float32 and rounded once
-                x = (x.to(tl.float32) * keep_scale.to(tl.float32)).to(x.dtype)
+                x = (x.to(tl.float32) * keep_scale).to(x.dtype)
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
             if COPY == 2:
                 tl.store(place, x, mask=mask)
@@ -98,7 +99,7 @@ def _lora_linear_down_kernel(
         tl.store(square_ptr + split * rows + row, square, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _lora_linear_outer_kernel(
     part_ptr,
     x_ptr,
@@ -205,7 +206,7 @@ def _lora_linear_sum_kernel(
     for split in range(splits):
         part = part_ptr + (split * rows + row)[:, None] * BLOCK_R + column[None, :]
         total += tl.load(part, mask=mask, other=0.0)
-    total *= scale.to(tl.float32)
+    total *= scale
     place = out_ptr + row[:, None] * out_row_stride + column[None, :] * out_col_stride
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
     if SECOND:
@@ -213,7 +214,7 @@ def _lora_linear_sum_kernel(
         tl.store(place, total.to(second_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _lora_linear_up_kernel(
     out_ptr,
     onto_ptr,
@@ -257,10 +258,90 @@ def _lora_linear_up_kernel(
             total = tl.dot(s, b.to(s.dtype), total, input_precision="ieee")
     if INNER:
         total += tl.load(inner_ptr + row[:, None] * inner_row_stride + k[None, :], mask=mask, other=0.0)
-    total *= scale.to(tl.float32)
+    total *= scale
     if DROPOUT:
         total = tl.where(_keep(seed_ptr, row, begin, width, threshold, BLOCK_M, BLOCK_K, QUADS), total, 0.0)
     if ONTO:
         total += tl.load(onto_ptr + row[:, None] * onto_row_stride + k[None, :], mask=mask, other=0.0)
     place = out_ptr + row[:, None] * out_row_stride + k[None, :]
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lora_linear_dora_fwd_kernel(
+    y_ptr,
+    z_ptr,
+    base_ptr,
+    factor_ptr,
+    bias_ptr,
+    s_ptr,
+    b_ptr,
+    rows,
+    width,
+    rank,
+    s_row_stride,
+    b_row_stride,
+    b_col_stride,
+    scale,
+    BASE: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    mask = (row[:, None] < rows) & (k[None, :] < width)
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, rank, BLOCK_R):
+        column = start + tl.arange(0, BLOCK_R).to(tl.int64)  # [BLOCK_R]
+        inside = column < rank
+        s_place = s_ptr + row[:, None] * s_row_stride + column[None, :]
+        s = tl.load(s_place, mask=(row[:, None] < rows) & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        b_place = b_ptr + k[None, :] * b_row_stride + column[:, None] * b_col_stride
+        b = tl.load(b_place, mask=(k[None, :] < width) & inside[:, None], other=0.0)  # [BLOCK_R, BLOCK_K]
+        total = tl.dot(s, b.to(s.dtype), total, input_precision="ieee")
+    place = row[:, None] * width + k[None, :]
+    inner = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    z = inner + total * scale
+    tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=mask)
+    y = z * tl.load(factor_ptr + k, mask=k < width, other=0.0)[None, :]
+    if BASE:  # the base term sees x, the adapted term the dropped x
+        y += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32) - inner
+    if BIAS:
+        y += tl.load(bias_ptr + k, mask=k < width, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lora_linear_dora_bwd_kernel(
+    g_ptr,
+    part_ptr,
+    dout_ptr,
+    z_ptr,
+    factor_ptr,
+    rows,
+    width,
+    g_row_stride,
+    dout_row_stride,
+    z_row_stride,
+    steps,
+    MAGNITUDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    split = tl.program_id(1).to(tl.int64)
+    factor = tl.load(factor_ptr + k, mask=k < width, other=0.0)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for step in range(steps):
+        row = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (row[:, None] < rows) & (k[None, :] < width)
+        dout = tl.load(dout_ptr + row[:, None] * dout_row_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = (dout * factor[None, :]).to(g_ptr.dtype.element_ty)
+        tl.store(g_ptr + row[:, None] * g_row_stride + k[None, :], g, mask=mask)
+        if MAGNITUDE:
+            z = tl.load(z_ptr + row[:, None] * z_row_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(dout * z, axis=0)
+    if MAGNITUDE:
+        tl.store(part_ptr + split * width + k, total, mask=k < width)

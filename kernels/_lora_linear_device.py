@@ -122,7 +122,7 @@ def _lora_linear_outer_kernel(
     split = tl.program_id(1).to(tl.int64)
     k = begin + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     column = tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for step in range(steps):
         row = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         mask = (row[:, None] < rows) & (k[None, :] < width)
@@ -132,9 +132,9 @@ def _lora_linear_outer_kernel(
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
         mask = (row[:, None] < rows) & (column[None, :] < rank)
         t = tl.load(t_ptr + row[:, None] * t_row_stride + column[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
-        total = tl.dot(tl.trans(x), t, total, input_precision="ieee")
-    part = part_ptr + (split * width + k)[:, None] * BLOCK_R + column[None, :]
-    tl.store(part, total, mask=k[:, None] < width)
+        total = tl.dot(tl.trans(t), x, total, input_precision="ieee")
+    part = part_ptr + (split * BLOCK_R + column)[:, None] * width + k[None, :]
+    tl.store(part, total, mask=k[None, :] < width)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _lora_linear_both_kernel(
     b_place = b_ptr + k[:, None] * b_row_stride + column[None, :] * b_col_stride
     b = tl.load(b_place, mask=(k[:, None] < width) & (column[None, :] < rank), other=0.0)
     b = b.to(g_ptr.dtype.element_ty)  # [BLOCK_K, BLOCK_R]
-    total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for step in range(steps):
         row = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         inside = row[:, None] < rows
@@ -176,11 +176,11 @@ def _lora_linear_both_kernel(
             tl.store(copy_ptr + row[:, None] * copy_row_stride + k[None, :], g, mask=mask)
         s_place = s_ptr + row[:, None] * s_row_stride + column[None, :]
         s = tl.load(s_place, mask=inside & (column[None, :] < rank), other=0.0)  # [BLOCK_M, BLOCK_R]
-        total = tl.dot(tl.trans(g), s, total, input_precision="ieee")
+        total = tl.dot(tl.trans(s), g, total, input_precision="ieee")
         t = tl.dot(g, b, input_precision="ieee")
         tl.store(t_part_ptr + (strip * rows + row)[:, None] * BLOCK_R + column[None, :], t, mask=inside)
-    part = d_part_ptr + (split * width + k)[:, None] * BLOCK_R + column[None, :]
-    tl.store(part, total, mask=k[:, None] < width)
+    part = d_part_ptr + (split * BLOCK_R + column)[:, None] * width + k[None, :]
+    tl.store(part, total, mask=k[None, :] < width)
 
 
 @triton.jit
@@ -191,6 +191,9 @@ def _lora_linear_sum_kernel(
     rows,
     rank,
     splits,
+    part_split_stride,
+    part_row_stride,
+    part_col_stride,
     out_row_stride,
     out_col_stride,
     second_row_stride,
@@ -203,9 +206,10 @@ def _lora_linear_sum_kernel(
     column = tl.arange(0, BLOCK_R).to(tl.int64)  # [BLOCK_R]
     mask = (row[:, None] < rows) & (column[None, :] < rank)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for split in range(splits):
-        part = part_ptr + (split * rows + row)[:, None] * BLOCK_R + column[None, :]
+    part = part_ptr + row[:, None] * part_row_stride + column[None, :] * part_col_stride
+    for _ in range(splits):
         total += tl.load(part, mask=mask, other=0.0)
+        part += part_split_stride
     total *= scale
     place = out_ptr + row[:, None] * out_row_stride + column[None, :] * out_col_stride
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)

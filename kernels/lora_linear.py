@@ -66,12 +66,12 @@ def configs(kind: str, block_r: int, itemsize: int) -> list[Config]:
     else:
         options = [(64, 128, 4, 2), (64, 64, 4, 2)]
     return [
-        # Besides the stages of both operands, an operand or a result on its way to another layout.
+        # The stages of both operands, and what a copy of the matrix takes on its way to another layout.
         Config(
             {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_R": block_r},
             num_warps=warps,
             num_stages=stages,
-            shared_bytes=stages * itemsize * (m * k + (m + k) * block_r) + 4 * m * max(k, block_r),
+            shared_bytes=stages * itemsize * (m * k + (m + k) * block_r) + 2048,
         )
         for m, k, warps, stages in options
     ]
@@ -107,7 +107,7 @@ def _float32(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _add_up(out, part, scale: float, second=None) -> None:
-    """out[m, r] = scale * sum over the first dimension of part[splits, m, R]; and the same into `second`."""
+    """out[m, r] = scale * sum over the first dimension of part[splits, m, R], any strides; also into `second`."""
     splits, rows, block_r = part.shape
     block_m = 64
     _lora_linear_sum_kernel[(triton.cdiv(rows, block_m),)](
@@ -117,6 +117,9 @@ def _add_up(out, part, scale: float, second=None) -> None:
         rows,
         out.shape[1],
         splits,
+        part.stride(0),
+        part.stride(1),
+        part.stride(2),
         out.stride(0),
         out.stride(1),
         0 if second is None else second.stride(0),
@@ -219,7 +222,7 @@ def outer(t, x, out, scale: float = 1.0, dropout: Dropout | None = None) -> None
     seed, threshold = _mask_args(x, dropout)
     for start in range(0, rank, blocks["BLOCK_R"]):
         chunk = t[:, start : start + blocks["BLOCK_R"]]
-        part = _float32(x, parts, width, blocks["BLOCK_R"])
+        part = _float32(x, parts, blocks["BLOCK_R"], width)
         _lora_linear_outer_kernel[(strips, parts)](
             part,
             x,
@@ -236,7 +239,7 @@ def outer(t, x, out, scale: float = 1.0, dropout: Dropout | None = None) -> None
             QUADS=width % 4 == 0,
             **config.options(),
         )
-        _add_up(out[start : start + chunk.shape[1]].T, part, scale)
+        _add_up(out[start : start + chunk.shape[1]].T, part.mT, scale)
 
 
 def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
@@ -258,7 +261,7 @@ def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
     strips = triton.cdiv(width, blocks["BLOCK_K"])
     parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), g.device)
     t_part = _float32(g, strips, rows, blocks["BLOCK_R"])
-    d_part = _float32(g, parts, width, blocks["BLOCK_R"])
+    d_part = _float32(g, parts, blocks["BLOCK_R"], width)
     _lora_linear_both_kernel[(strips, parts)](
         t_part,
         d_part,
@@ -279,7 +282,7 @@ def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
         **config.options(),
     )
     _add_up(t, t_part, scale, second)
-    _add_up(d, d_part, scale)
+    _add_up(d, d_part.mT, scale)
 
 
 def up(out, s, b, scale: float, onto=None, inner=None, dropout: Dropout | None = None) -> None:
@@ -391,3 +394,59 @@ def dora_bwd(g, dout, z, factor) -> torch.Tensor | None:
             **config.options(),
         )
     return None if part is None else part.sum(dim=0)
+
+
+def compilations(capability: int) -> Iterator[Compilation]:
+    """Every kernel as it is launched for a model's layers: see `kernels.config.Compilation`."""
+    for rank in (16, 64, 128):
+        for dropout in (False, True):
+            yield from _instances(capability, "bf16", rank, dropout)
+    yield from _instances(capability, "fp32", 16, True)
+
+
+def _instances(capability: int, dtype: str, rank: int, dropout: bool) -> Iterator[Compilation]:
+    """The kernels for one dtype and rank; only those with a mask where there is dropout."""
+    itemsize, label = (2, f"{dtype} r{rank}") if dtype == "bf16" else (4, f"{dtype} r{rank}")
+    name = f"{label} dropout" if dropout else label
+
+    def made(kind, kernel, pointers, constants, config_kind=None):
+        block_r = min(rank, 64) if config_kind == "up" else rank
+        config = first_fitting(configs(config_kind or kind, block_r, itemsize), capability)
+        unit = {"down": "a_col_stride"}.get(kind, "b_col_stride")  # A and B as they lie in memory
+        constants = {key: value for key, value in {**constants, unit: 1}.items() if key in kernel.arg_names}
+        types = {n: pointers.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr")}
+        types |= {n: "fp32" for n in kernel.arg_names if n.endswith("scale")}
+        rest = set(kernel.arg_names) - set(types) - set(constants) - set(config.blocks)
+        types |= {n: "i64" if n in ("threshold", "rows") or n.endswith("stride") else "i32" for n in rest}
+        return Compilation(f"{kind} {name}", kernel, types, constants, config, matmul=dtype == "bf16")
+
+    part, seed = {"part_ptr": "*fp32"}, {"seed_ptr": "*i64"}
+    flags = {"DROPOUT": dropout, "QUADS": True}
+    copy = COPY_DROPPED if dropout and rank == 16 else COPY_PLAIN
+    more = {"COPY": copy, "SQUARES": False}
+    yield made("down", _lora_linear_down_kernel, {**part, **seed, "square_ptr": "*fp32"}, flags | more)
+    yield made("outer", _lora_linear_outer_kernel, {**part, **seed}, flags)
+    more = {"ONTO": True, "INNER": False, "ADAPTER": True}
+    yield made("up", _lora_linear_up_kernel, seed, flags | more, "up")
+    if dropout and dtype == "bf16":
+        return
+    pointers = {**part, "square_ptr": "*fp32", "seed_ptr": "*i64"}
+    norms = flags | {"DROPOUT": False, "COPY": COPY_NONE, "SQUARES": True}
+    found = made("down", _lora_linear_down_kernel, pointers, norms)
+    yield Compilation(f"norms {name}", found.kernel, found.signature, found.constants, found.config, found.matmul)
+    if rank <= SHARED_PASS_RANK:
+        pointers = {"t_part_ptr": "*fp32", "d_part_ptr": "*fp32"}
+        yield made("both", _lora_linear_both_kernel, pointers, {"COPY": True})
+    pointers = {"factor_ptr": "*fp32"}
+    yield made("dora_fwd", _lora_linear_dora_fwd_kernel, pointers, {"BASE": True, "BIAS": True}, "up")
+    config = Config({"BLOCK_M": 64, "BLOCK_R": rank}, num_warps=4)
+    types = {"out_ptr": f"*{dtype}", "second_ptr": f"*{dtype}", "part_ptr": "*fp32", "scale": "fp32", "rows": "i64"}
+    types |= dict.fromkeys(["rank", "splits"], "i32")
+    types |= {n: "i64" for n in _lora_linear_sum_kernel.arg_names if n.endswith("stride")}
+    yield Compilation(f"sum {name}", _lora_linear_sum_kernel, types, {"SECOND": True, "part_col_stride": 1}, config)
+    if rank == 16:
+        config = Config({"BLOCK_M": 32, "BLOCK_K": 128}, num_warps=4)
+        types = dict.fromkeys(["g_ptr", "dout_ptr", "z_ptr"], f"*{dtype}")
+        types |= {"part_ptr": "*fp32", "factor_ptr": "*fp32", "width": "i32", "steps": "i32"}
+        types |= dict.fromkeys(["rows", "g_row_stride", "dout_row_stride", "z_row_stride"], "i64")
+        yield Compilation(f"dora_bwd {name}", _lora_linear_dora_bwd_kernel, types, {"MAGNITUDE": True}, config)

@@ -20,17 +20,6 @@ from pyfinetune.ops import nf4
 BLOCK_SIZES = [32, 64, 4096] if INTERPRETED else list(nf4.BLOCK_SIZES)
 SHAPES = [(4 if INTERPRETED else 64, 2720), (3, 5, 7), (1,), (4096,), (33,), (128, 129), (1000,), (2, 4096)]
 SHAPES += [(0,), (4, 0)]
-    (4 if INTERPRETED else 64, 2720),
-    (3, 5, 7),
-    (1,),
-    (4096,),
-    (33,),
-    (128, 129),
-    (1000,),
-    (2, 4096),
-    (0,),
-    (4, 0),
-]
 
 
 def name(value):

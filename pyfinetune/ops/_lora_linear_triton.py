@@ -270,16 +270,17 @@ class Backward:
         d_lora_b = None
         if p.lora_b is not None and need.lora_b:
             d_lora_b = torch.empty(p.lora_b.shape, dtype=p.lora_b.dtype, device=g.device)
+        second = None
+        if self.wide is not None:
+            second = self.wide[:, self.rows + span.start : self.rows + span.stop]
         if not p.rank or not g.numel():
-            if d_lora_b is not None:
-                d_lora_b.zero_()
+            for empty in (d_lora_b, second):
+                if empty is not None:
+                    empty.zero_()
             if copy is not None:
                 copy.copy_(g)
             return d_lora_b
         s, t = self.s[:, span], self.t[:, span]
-        second = None
-        if self.wide is not None:
-            second = self.wide[:, self.rows + span.start : self.rows + span.stop]
         if need_t and d_lora_b is not None and p.rank <= ops.SHARED_PASS_RANK:
             ops.both(g, s, p.lora_b, t, d_lora_b, p.scaling, second, copy)
             return d_lora_b

@@ -166,7 +166,7 @@ def _lora_linear_both_kernel(
     b_place = b_ptr + k[:, None] * b_row_stride + column[None, :] * b_col_stride
     b = tl.load(b_place, mask=(k[:, None] < width) & (column[None, :] < rank), other=0.0)
     b = b.to(g_ptr.dtype.element_ty)  # [BLOCK_K, BLOCK_R]
-    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for step in range(steps):
         row = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         inside = row[:, None] < rows
@@ -176,11 +176,12 @@ def _lora_linear_both_kernel(
             tl.store(copy_ptr + row[:, None] * copy_row_stride + k[None, :], g, mask=mask)
         s_place = s_ptr + row[:, None] * s_row_stride + column[None, :]
         s = tl.load(s_place, mask=inside & (column[None, :] < rank), other=0.0)  # [BLOCK_M, BLOCK_R]
-        total = tl.dot(tl.trans(s), g, total, input_precision="ieee")
+        # The rank last in both: rows are dealt among the warps where two dots meet, and 16 would not go round.
+        total = tl.dot(tl.trans(g), s, total, input_precision="ieee")
         t = tl.dot(g, b, input_precision="ieee")
         tl.store(t_part_ptr + (strip * rows + row)[:, None] * BLOCK_R + column[None, :], t, mask=inside)
-    part = d_part_ptr + (split * BLOCK_R + column)[:, None] * width + k[None, :]
-    tl.store(part, total, mask=k[None, :] < width)
+    part = d_part_ptr + (split * width + k)[:, None] * BLOCK_R + column[None, :]
+    tl.store(part, total, mask=k[:, None] < width)
 
 
 @triton.jit

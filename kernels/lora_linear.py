@@ -45,7 +45,7 @@ class Dropout(NamedTuple):
 
 
 def configs(kind: str, block_r: int, itemsize: int) -> list[Config]:
-    """Launch configurations of "down", "outer", "both", "up" (DoRA's forward too) for a tile of the rank, best first.
+    """Launch configurations of "down", "outer", "both", "up" and "dora" for a tile of the rank, best first.
 
     All of them read one large matrix once and do 2 * r operations for each of its elements, far below what the tensor
     cores could: memory is the limit. So tiles are as wide as 16-byte loads of whole lines want, with the stages that
@@ -53,16 +53,16 @@ def configs(kind: str, block_r: int, itemsize: int) -> list[Config]:
     float32 has no tensor cores in IEEE precision; its tiles are small, for the registers' sake.
     """
     if itemsize == 4:
-        m, k, warps, stages = {"down": (32, 32, 4, 2), "outer": (32, 32, 4, 2), "both": (32, 32, 4, 1)}.get(
-            kind, (32, 64, 4, 1)
-        )
-        options = [(m, k, warps, stages)]
+        known = {"down": (32, 32, 4, 2), "outer": (32, 32, 4, 2), "both": (32, 32, 4, 1), "up": (32, 64, 4, 1)}
+        options = [known.get(kind, (32, 64, 8, 1))]
     elif kind == "down":
         options = [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (64, 32, 4, 2)]
     elif kind == "outer":
         options = [(64, 128, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (32, 64, 4, 2)]
     elif kind == "both":
         options = [(64, 128, 4, 2), (32, 128, 4, 2)]
+    elif kind == "dora":
+        options = [(64, 128, 8, 2), (64, 64, 8, 2)]
     else:
         options = [(64, 128, 4, 2), (64, 64, 4, 2)]
     return [
@@ -82,7 +82,7 @@ def _config(kind: str, rank: int, x: torch.Tensor) -> Config:
     capability = capability_of(x)
     # In Python larger tiles are fewer programs, and nothing else counts.
     itemsize = x.element_size() if capability else 2
-    return first_fitting(configs(kind, min(block_r, 64) if kind == "up" else block_r, itemsize), capability)
+    return first_fitting(configs(kind, min(block_r, 64) if kind in ("up", "dora") else block_r, itemsize), capability)
 
 
 def _chunk(x: torch.Tensor) -> int:
@@ -261,7 +261,7 @@ def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
     strips = triton.cdiv(width, blocks["BLOCK_K"])
     parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), g.device)
     t_part = _float32(g, strips, rows, blocks["BLOCK_R"])
-    d_part = _float32(g, parts, blocks["BLOCK_R"], width)
+    d_part = _float32(g, parts, width, blocks["BLOCK_R"])
     _lora_linear_both_kernel[(strips, parts)](
         t_part,
         d_part,
@@ -282,7 +282,7 @@ def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
         **config.options(),
     )
     _add_up(t, t_part, scale, second)
-    _add_up(d, d_part.mT, scale)
+    _add_up(d, d_part, scale)
 
 
 def up(out, s, b, scale: float, onto=None, inner=None, dropout: Dropout | None = None) -> None:
@@ -343,7 +343,7 @@ def dora(y, z, s, b, scale: float, factor, base=None, bias=None) -> None:
     rows, width = y.shape
     if y.numel() == 0:
         return
-    config = _config("up", s.shape[1], y)
+    config = _config("dora", s.shape[1], y)
     blocks = config.blocks
     _lora_linear_dora_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))](
         y,
@@ -398,7 +398,7 @@ def dora_bwd(g, dout, z, factor) -> torch.Tensor | None:
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every kernel as it is launched for a model's layers: see `kernels.config.Compilation`."""
-    for rank in (16, 64, 128):
+    for rank in (16, 32, 64, 128):
         for dropout in (False, True):
             yield from _instances(capability, "bf16", rank, dropout)
     yield from _instances(capability, "fp32", 16, True)
@@ -409,9 +409,9 @@ def _instances(capability: int, dtype: str, rank: int, dropout: bool) -> Iterato
     itemsize, label = (2, f"{dtype} r{rank}") if dtype == "bf16" else (4, f"{dtype} r{rank}")
     name = f"{label} dropout" if dropout else label
 
-    def made(kind, kernel, pointers, constants, config_kind=None):
-        block_r = min(rank, 64) if config_kind == "up" else rank
-        config = first_fitting(configs(config_kind or kind, block_r, itemsize), capability)
+    def made(kind, kernel, pointers, constants):
+        block_r = min(rank, 64) if kind in ("up", "dora") else rank
+        config = first_fitting(configs(kind, block_r, itemsize), capability)
         unit = {"down": "a_col_stride"}.get(kind, "b_col_stride")  # A and B as they lie in memory
         constants = {key: value for key, value in {**constants, unit: 1}.items() if key in kernel.arg_names}
         types = {n: pointers.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr")}
@@ -427,7 +427,7 @@ def _instances(capability: int, dtype: str, rank: int, dropout: bool) -> Iterato
     yield made("down", _lora_linear_down_kernel, {**part, **seed, "square_ptr": "*fp32"}, flags | more)
     yield made("outer", _lora_linear_outer_kernel, {**part, **seed}, flags)
     more = {"ONTO": True, "INNER": False, "ADAPTER": True}
-    yield made("up", _lora_linear_up_kernel, seed, flags | more, "up")
+    yield made("up", _lora_linear_up_kernel, seed, flags | more)
     if dropout and dtype == "bf16":
         return
     pointers = {**part, "square_ptr": "*fp32", "seed_ptr": "*i64"}
@@ -438,7 +438,7 @@ def _instances(capability: int, dtype: str, rank: int, dropout: bool) -> Iterato
         pointers = {"t_part_ptr": "*fp32", "d_part_ptr": "*fp32"}
         yield made("both", _lora_linear_both_kernel, pointers, {"COPY": True})
     pointers = {"factor_ptr": "*fp32"}
-    yield made("dora_fwd", _lora_linear_dora_fwd_kernel, pointers, {"BASE": True, "BIAS": True}, "up")
+    yield made("dora", _lora_linear_dora_fwd_kernel, pointers, {"BASE": True, "BIAS": True})
     config = Config({"BLOCK_M": 64, "BLOCK_R": rank}, num_warps=4)
     types = {"out_ptr": f"*{dtype}", "second_ptr": f"*{dtype}", "part_ptr": "*fp32", "scale": "fp32", "rows": "i64"}
     types |= dict.fromkeys(["rank", "splits"], "i32")

@@ -44,17 +44,22 @@ class Dropout(NamedTuple):
         return 1.0 / (1.0 - self.p)
 
 
-def configs(kind: str, block_r: int, itemsize: int) -> list[Config]:
+def configs(kind: str, block_r: int, itemsize: int, busy: bool = False) -> list[Config]:
     """Launch configurations of "down", "outer", "both", "up" and "dora" for a tile of the rank, best first.
 
     All of them read one large matrix once and do 2 * r operations for each of its elements, far below what the tensor
     cores could: memory is the limit. So tiles are as wide as 16-byte loads of whole lines want, with the stages that
     keep some 32 KiB in flight on each multiprocessor, which is what the latency of memory asks for at 1 to 4 TB/s.
-    float32 has no tensor cores in IEEE precision; its tiles are small, for the registers' sake.
+    float32 has no tensor cores in IEEE precision; its tiles are small, for the registers' sake. `busy` programs make
+    a mask or sums of squares of their tile besides, and have a smaller one for it.
     """
     if itemsize == 4:
         known = {"down": (32, 32, 4, 2), "outer": (32, 32, 4, 2), "both": (32, 32, 4, 1), "up": (32, 64, 4, 1)}
         options = [known.get(kind, (32, 64, 8, 1))]
+    elif kind == "down" and busy:
+        options = [(64, 64, 4, 3)] if block_r <= 64 else [(64, 64, 8, 2)]
+    elif kind == "outer" and busy:
+        options = [(64, 64, 4, 3)] if block_r <= 32 else [(32, 64, 4, 3 if block_r <= 64 else 2)]
     elif kind == "down":
         options = [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (64, 32, 4, 2)]
     elif kind == "outer":
@@ -77,12 +82,13 @@ def configs(kind: str, block_r: int, itemsize: int) -> list[Config]:
     ]
 
 
-def _config(kind: str, rank: int, x: torch.Tensor) -> Config:
+def _config(kind: str, rank: int, x: torch.Tensor, busy: bool = False) -> Config:
     block_r = min(_chunk(x), max(16, triton.next_power_of_2(rank)))
     capability = capability_of(x)
     # In Python larger tiles are fewer programs, and nothing else counts.
     itemsize = x.element_size() if capability else 2
-    return first_fitting(configs(kind, min(block_r, 64) if kind in ("up", "dora") else block_r, itemsize), capability)
+    block_r = min(block_r, 64) if kind in ("up", "dora") else block_r
+    return first_fitting(configs(kind, block_r, itemsize, busy), capability)
 
 
 def _chunk(x: torch.Tensor) -> int:
@@ -163,7 +169,7 @@ def _down(x, a, out, scale, dropout, second, copy, how, squares):
     found = None
     if rows == 0:
         return _float32(x, 0) if squares else None
-    config = _config("down", rank, x)
+    config = _config("down", rank, x, squares or dropout is not None)
     blocks = config.blocks
     parts, steps = _split(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]), x.device)
     square = _float32(x, parts, rows) if squares else x
@@ -215,7 +221,7 @@ def outer(t, x, out, scale: float = 1.0, dropout: Dropout | None = None) -> None
     (rows, width), rank = x.shape, t.shape[1]
     if width == 0 or rank == 0:
         return
-    config = _config("outer", rank, x)
+    config = _config("outer", rank, x, dropout is not None)
     blocks = config.blocks
     strips = triton.cdiv(width, blocks["BLOCK_K"])
     parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), x.device)
@@ -299,7 +305,7 @@ def up(out, s, b, scale: float, onto=None, inner=None, dropout: Dropout | None =
     rows, width = out.shape
     if out.numel() == 0:
         return
-    config = _config("up", 16 if s is None else s.shape[1], out)
+    config = _config("up", 16 if s is None else s.shape[1], out, dropout is not None)
     blocks = config.blocks
     seed, threshold = _mask_args(out, dropout)
     _lora_linear_up_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))](
@@ -411,7 +417,8 @@ def _instances(capability: int, dtype: str, rank: int, dropout: bool) -> Iterato
 
     def made(kind, kernel, pointers, constants):
         block_r = min(rank, 64) if kind in ("up", "dora") else rank
-        config = first_fitting(configs(kind, block_r, itemsize), capability)
+        busy = constants.get("DROPOUT", False) or constants.get("SQUARES", False)
+        config = first_fitting(configs(kind, block_r, itemsize, busy), capability)
         unit = {"down": "a_col_stride"}.get(kind, "b_col_stride")  # A and B as they lie in memory
         constants = {key: value for key, value in {**constants, unit: 1}.items() if key in kernel.arg_names}
         types = {n: pointers.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr")}

@@ -57,7 +57,7 @@ def configs(kind: str, block_r: int, itemsize: int, busy: bool = False) -> list[
         known = {"down": (32, 32, 4, 2), "outer": (32, 32, 4, 2), "both": (32, 32, 4, 1), "up": (32, 64, 4, 1)}
         options = [known.get(kind, (32, 64, 8, 1))]
     elif kind == "down" and busy:
-        options = [(64, 64, 4, 3)] if block_r <= 64 else [(64, 64, 8, 2)]
+        options = [(32 if block_r == 32 else 64, 64, 4, 3)] if block_r <= 64 else [(64, 32, 4, 2)]
     elif kind == "outer" and busy:
         options = [(64, 64, 4, 3)] if block_r <= 32 else [(32, 64, 4, 3 if block_r <= 64 else 2)]
     elif kind == "down":

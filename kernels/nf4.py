@@ -1,12 +1,15 @@
-"""Triton: 4-bit decode (format: csrc/nf4_format.h).
+"""Triton: 4-bit decode and encode (format: csrc/nf4_format.h).
 
-    out[i] = round(quant_map[code[i]] * scale[i // block_size])
+    decode   out[i] = round(quant_map[code[i]] * scale[i // block_size])
+    encode   scale[b] = max |w|,  code[i] = nearest(w[i] * (1 / scale[i // block_size]))
+    scales   nested_map[absmax8[b]] * nested_absmax[b // nested_block] + nested_offset, where double-quantized
 
-    program p decodes elements [p * 2 * BYTES, (p + 1) * 2 * BYTES): BYTES bytes of codes become two vectors, the high
-    nibbles (even elements) and the low ones (odd), which are interleaved on the way out.
+A program takes whole blocks, TILE elements in all; a row of its tile is one block and has one scale:
 
-Double-quantized scales, nested_map[absmax8[b]] * nested_absmax[b // nested_block] + nested_offset, are decoded in the
-same launch. Reference: pyfinetune/ops/nf4.py.
+    codes  b0 b1 b2 ...      one byte = elements 2i (high nibble) and 2i+1 (low), 16 bytes to a thread
+    tile   [BLOCKS, BLOCK_SIZE] <- interleave(high nibbles, low nibbles), or the way back
+
+Reference: pyfinetune/ops/nf4.py.
 """
 
 from collections.abc import Iterator
@@ -15,6 +18,16 @@ import triton
 import triton.language as tl
 
 from pyfinetune.kernels.config import Compilation, Config
+
+# 16 bytes of codes to a thread of four warps; a block of the largest size.
+TILE = 4096
+# Bits of 1e-38, the smallest scale that an encoder divides by. As integers magnitudes compare like floats, and NaN
+# comes last; as a Python float the number is below float32's normal range and would be taken for a double.
+_MIN_ABSMAX_BITS = tl.constexpr(0x006CE3EE)
+
+
+def _blocks(block_size: int) -> int:
+    return max(1, TILE // block_size)
 
 
 @triton.jit
@@ -27,27 +40,42 @@ def _dequantize_4bit_kernel(
     nested_map_ptr,
     nested_offset_ptr,
     numel,
+    num_bytes,
+    cols,
+    out_row_stride,
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    BYTES: tl.constexpr,
+    STRIDED: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     # int64 throughout: 2^31 elements are one large embedding.
-    byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)  # [BYTES]
-    packed = tl.load(codes_ptr + byte, mask=2 * byte < numel, other=0)
-    block = (2 * byte) // BLOCK_SIZE  # both elements of a byte are in one block
-    inside = 2 * byte < numel
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    inside = block * BLOCK_SIZE < numel
     if NESTED:
         code8 = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
         nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCK_SIZE, mask=inside, other=0.0)
         scale = tl.load(nested_map_ptr + code8) * nested + tl.load(nested_offset_ptr)
     else:
         scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-    even = tl.load(quant_map_ptr + (packed >> 4).to(tl.int32)) * scale
-    odd = tl.load(quant_map_ptr + (packed & 15).to(tl.int32)) * scale
-    values = tl.interleave(even, odd)  # [2 * BYTES]
-    element = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=element < numel)
+    byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    # Compared as bytes: the compiler sees that 16 neighbours are all inside or all outside, and loads them at once.
+    packed = tl.load(codes_ptr + byte, mask=byte < num_bytes, other=0)
+    even = tl.load(quant_map_ptr + (packed >> 4).to(tl.int32)) * scale[:, None]
+    odd = tl.load(quant_map_ptr + (packed & 15).to(tl.int32)) * scale[:, None]
+    values = tl.interleave(even, odd)  # [BLOCKS, BLOCK_SIZE]
+    within = tl.arange(0, BLOCK_SIZE)[None, :]
+    element = block[:, None] * BLOCK_SIZE + within
+    if not STRIDED:
+        place = element
+    elif WHOLE_ROWS:  # no block crosses a row
+        row = block * BLOCK_SIZE // cols
+        place = (row * out_row_stride + (block * BLOCK_SIZE - row * cols))[:, None] + within
+    else:
+        row = element // cols
+        place = row * out_row_stride + (element - row * cols)
+    tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=element < numel)
 
 
 def dequantize_4bit(
@@ -62,11 +90,12 @@ def dequantize_4bit(
     nested_block_size: int,
     numel: int,
 ) -> None:
-    """Decode `numel` values into the contiguous tensor `out`, on its device's current stream.
+    """Decode `numel` values into `out`, on its device's current stream.
 
     Args:
-        out: [numel] elements, float32, float16 or bfloat16.
-        codes: uint8 [(numel + 1) // 2]; all tensors contiguous and on one device.
+        out: [numel] elements, float32, float16 or bfloat16; contiguous, or [rows, cols] with contiguous rows that lie
+            further apart than they are long.
+        codes: uint8 [(numel + 1) // 2]; these and what follows contiguous and on out's device.
         absmax: float32 [blocks], or uint8 [blocks] when `nested_absmax` is given.
         quant_map: float32 [16].
         nested_absmax, nested_map, nested_offset: float32 [nested blocks], [256] and 0-d, or None.
@@ -75,10 +104,10 @@ def dequantize_4bit(
     """
     if numel == 0:
         return
-    bytes_per_program = 1024
-    nested = nested_absmax is not None
-    grid = (triton.cdiv(numel, 2 * bytes_per_program),)
-    _dequantize_4bit_kernel[grid](
+    strided = not out.is_contiguous()
+    cols, row_stride = (out.shape[1], out.stride(0)) if strided else (numel, numel)
+    blocks, nested = _blocks(block_size), nested_absmax is not None
+    _dequantize_4bit_kernel[(triton.cdiv(numel, blocks * block_size),)](
         out,
         codes,
         absmax,
@@ -87,23 +116,173 @@ def dequantize_4bit(
         nested_map if nested else absmax,
         nested_offset if nested else absmax,
         numel,
+        (numel + 1) // 2,
+        cols,
+        row_stride,
         BLOCK_SIZE=block_size,
         NESTED_BLOCK_SIZE=nested_block_size if nested else 1,
         NESTED=nested,
-        BYTES=bytes_per_program,
+        STRIDED=strided,
+        WHOLE_ROWS=cols % block_size == 0,
+        BLOCKS=blocks,
         num_warps=4,
         # Multiply, round, add, round: a fused multiply-add gives other bits.
         enable_fp_fusion=False,
     )
 
 
+@triton.jit
+def _quantize_4bit_kernel(
+    codes_ptr,
+    absmax_ptr,
+    weight_ptr,
+    pivots_ptr,
+    order_ptr,
+    numel,
+    num_bytes,
+    first_block,
+    last_block,
+    BLOCK_SIZE: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    inside = block < last_block
+    element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    mask = inside[:, None] & (element < numel) if PARTIAL else inside[:, None]
+    weight = tl.load(weight_ptr + element, mask=mask, other=0.0).to(tl.float32)  # [BLOCKS, BLOCK_SIZE]
+    bits = tl.max(weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    divisor = tl.maximum(bits, _MIN_ABSMAX_BITS).to(tl.float32, bitcast=True)
+    if PARTIAL:
+        # bitsandbytes divides in the last block of a size that is no multiple, and stores the clamped scale.
+        scaled = tl.div_rn(weight, tl.broadcast_to(divisor[:, None], (BLOCKS, BLOCK_SIZE)))
+        tl.store(absmax_ptr + block, divisor, mask=inside)
+    else:
+        scaled = weight * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), divisor)[:, None]
+        tl.store(absmax_ptr + block, bits.to(tl.float32, bitcast=True), mask=inside)
+    interval = tl.zeros((BLOCKS, BLOCK_SIZE), tl.int32)
+    for i in tl.static_range(15):
+        # NaN is not <= anything and takes the last interval, as a sorted search gives it.
+        interval += tl.where(scaled <= tl.load(pivots_ptr + i), 0, 1)
+    codes = tl.load(order_ptr + interval).to(tl.int32)
+    even, odd = tl.split(tl.reshape(codes, (BLOCKS, BLOCK_SIZE // 2, 2)))
+    byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    mask = inside[:, None] & (byte < num_bytes) if PARTIAL else inside[:, None]
+    tl.store(codes_ptr + byte, (even << 4 | odd).to(tl.uint8), mask=mask)
+
+
+def quantize_4bit(codes, absmax, weight, pivots, order, block_size: int) -> None:
+    """Encode a weight, on its device's current stream.
+
+    Args:
+        codes: uint8 [(numel + 1) // 2, 1], written.
+        absmax: float32 [blocks], written.
+        weight: contiguous, float32, float16 or bfloat16.
+        pivots: float32 [15], the midpoints between neighbouring values of codes, ascending.
+        order: uint8 [16], the code of each interval between them.
+        block_size: elements to a scale; a power of two.
+    """
+    numel = weight.numel()
+    whole, blocks = numel // block_size, _blocks(block_size)
+    launches = [(0, whole, False)] if whole else []
+    launches += [(whole, whole + 1, True)] if numel % block_size else []
+    for first, last, partial in launches:
+        _quantize_4bit_kernel[(triton.cdiv(last - first, blocks),)](
+            codes,
+            absmax,
+            weight,
+            pivots,
+            order,
+            numel,
+            (numel + 1) // 2,
+            first,
+            last,
+            BLOCK_SIZE=block_size,
+            PARTIAL=partial,
+            BLOCKS=blocks,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit
+def _quantize_absmax_kernel(
+    codes_ptr,
+    absmax_ptr,
+    centred_ptr,
+    nearest_ptr,
+    numel,
+    block_size,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, BLOCK)
+    element = block * block_size + within
+    mask = (within < block_size) & (element < numel)
+    centred = tl.load(centred_ptr + element, mask=mask, other=0.0)  # [BLOCK]
+    bits = tl.max(centred.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    largest = (tl.zeros((BLOCK,), tl.int32) + bits).to(tl.float32, bitcast=True)
+    tl.store(absmax_ptr + block + within, largest, mask=within == 0)
+    # A block of zeros has no reciprocal, and needs none.
+    x = centred * tl.div_rn(tl.full((BLOCK,), 1.0, tl.float32), tl.where(largest == 0.0, 1.0, largest))
+    x = tl.where(x < -1.0, -1.0, tl.where(x > 1.0, 1.0, x))
+    # In float64 the product is exact: one rounding, as the native kernel's fused multiply-add.
+    position = (((x + 1.0) * 0.5).to(tl.float64) * 65535.0 + 0.5).to(tl.float32)
+    found = (largest > 0.0) & (position >= 0.0)  # NaN takes code 0, and so does a block of zeros
+    index = tl.where(found, position, 0.0).to(tl.int32)
+    code = tl.load(nearest_ptr + index)
+    tl.store(codes_ptr + element, tl.where(found, code, 0).to(tl.uint8), mask=mask)
+
+
+def quantize_absmax(codes, absmax, centred, nearest, block_size: int) -> None:
+    """Encode scales in 8 bits.
+
+    Args:
+        codes: uint8, as many as `centred`, written.
+        absmax: float32 [blocks], written.
+        centred: float32, contiguous: the scales minus their mean.
+        nearest: uint8 [65536], the code nearest to each of so many even steps from -1 to 1.
+        block_size: scales to a nested scale.
+    """
+    numel = centred.numel()
+    if numel == 0:
+        return
+    block = max(16, triton.next_power_of_2(block_size))
+    _quantize_absmax_kernel[(triton.cdiv(numel, block_size),)](
+        codes, absmax, centred, nearest, numel, block_size, BLOCK=block, num_warps=4, enable_fp_fusion=False
+    )
+
+
 def compilations(capability: int) -> Iterator[Compilation]:
-    """Decoding into bfloat16 and float32, with scales in 32 bits and double-quantized."""
-    kernel, config = _dequantize_4bit_kernel, Config({"BYTES": 1024})
-    for dtype in ("*bf16", "*fp32"):
-        for nested in (False, True):
-            types = {"out_ptr": dtype, "codes_ptr": "*u8", "absmax_ptr": "*u8" if nested else "*fp32", "numel": "i64"}
-            constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256 if nested else 1, "NESTED": nested}
-            signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
-            name = f"decode {dtype}{' nested' if nested else ''}"
-            yield Compilation(name, kernel, signature, constants, config, options={"enable_fp_fusion": False})
+    """Every kernel as it is launched for the weights of a model: see `kernels.config.Compilation`."""
+    config = Config({"BLOCKS": _blocks(64)}, num_warps=4)
+    unfused = {"enable_fp_fusion": False}
+    pointers = ["codes_ptr", "absmax_ptr", "quant_map_ptr", "nested_absmax_ptr", "nested_map_ptr", "nested_offset_ptr"]
+    sizes = dict.fromkeys(["numel", "num_bytes", "cols", "out_row_stride"], "i64")
+    for dtype, nested, strided in (("bf16", True, False), ("bf16", True, True), ("bf16", False, True), ("fp32", 1, 0)):
+        types = ["*u8", "*u8" if nested else "*fp32", *["*fp32"] * 4]
+        yield Compilation(
+            f"decode {dtype}{' nested' if nested else ''}{' strided' if strided else ''}",
+            _dequantize_4bit_kernel,
+            {"out_ptr": f"*{dtype}", **dict(zip(pointers, types, strict=True)), **sizes},
+            {
+                "BLOCK_SIZE": 64,
+                "NESTED_BLOCK_SIZE": 256 if nested else 1,
+                "NESTED": bool(nested),
+                "STRIDED": bool(strided),
+                "WHOLE_ROWS": True,
+            },
+            config,
+            options=unfused,
+        )
+    for dtype, partial in (("bf16", False), ("fp32", False), ("bf16", True)):
+        types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "weight_ptr": f"*{dtype}", "pivots_ptr": "*fp32"}
+        types |= {"order_ptr": "*u8"} | dict.fromkeys(["numel", "num_bytes", "first_block", "last_block"], "i64")
+        constants = {"BLOCK_SIZE": 64, "PARTIAL": partial}
+        name = f"encode {dtype}{' partial' if partial else ''}"
+        yield Compilation(name, _quantize_4bit_kernel, types, constants, config, options=unfused)
+    types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "centred_ptr": "*fp32", "nearest_ptr": "*u8"}
+    types |= {"numel": "i64", "block_size": "i32"}
+    yield Compilation(
+        "encode scales", _quantize_absmax_kernel, types, {}, Config({"BLOCK": 256}, num_warps=4), options=unfused
+    )

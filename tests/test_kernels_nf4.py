@@ -1,4 +1,4 @@
-"""The Triton kernel of nf4 without a GPU: run by the interpreter, compiled for each target."""
+"""The Triton kernels of nf4 without a GPU: run by the interpreter, compiled for each target."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from backends import INTERPRETED
 
 TRITON_UNDER_THE_INTERPRETER = """
 import itertools, torch, pyfinetune as pf
 from pyfinetune.kernels import nf4 as kernel
 
+cpu = pf.use_backend("cpu")
+cpu.__enter__()
 for shape, block_size, quant_type, double_quant in itertools.product(
-    [(1,), (33,), (7, 65), (40, 130), (64, 128)], [32, 64, 1024], ["nf4", "fp4"], [False, True]
+    [(1,), (33,), (7, 65), (40, 130), (64, 128), (2, 4095), (2, 4097)], [32, 64, 4096], ["nf4", "fp4"], [False, True]
 ):
     packed = pf.ops.quantize_4bit(torch.randn(shape), block_size, quant_type, double_quant)
     for dtype in (torch.float32, torch.float16):  # the interpreter truncates to bfloat16 where hardware rounds
         out = torch.full(shape, float("nan"), dtype=dtype)
         kernel.dequantize_4bit(out, *packed.tensors(), block_size, packed.nested_block_size, out.numel())
-        assert torch.equal(out, pf.ops.dequantize_4bit(packed, dtype)), (shape, block_size, quant_type, dtype)
+        decoded = pf.ops.dequantize_4bit(packed, dtype)
+        assert torch.equal(out, decoded), (shape, block_size, quant_type, dtype)
+        if len(shape) == 2:  # rows further apart than they are long
+            wide = torch.full((shape[0], shape[1] + 8), 77, dtype=dtype)
+            kernel.dequantize_4bit(
+                wide[:, : shape[1]], *packed.tensors(), block_size, packed.nested_block_size, out.numel()
+            )
+            assert torch.equal(wide[:, : shape[1]], decoded), (shape, block_size, quant_type, dtype)
+            assert (wide[:, shape[1] :] == 77).all()
 print("equal")
 """
 
@@ -36,20 +48,42 @@ def test_the_triton_kernel_under_the_interpreter():
     assert run.stdout.strip() == "equal", run.stderr
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton interprets, and does not compile")
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
-def test_the_triton_kernel_compiles_for(capability, monkeypatch):
+def test_the_triton_kernels_compile_for(capability):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from pyfinetune.kernels import nf4 as kernel
 
-    pointers = ["out_ptr", "codes_ptr", "absmax_ptr", "quant_map_ptr"]
-    pointers += ["nested_absmax_ptr", "nested_map_ptr", "nested_offset_ptr"]
-    types = dict(zip(pointers, ["*bf16", "*u8", "*u8", *["*fp32"] * 4], strict=True)) | {"numel": "i64"}
-    constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "NESTED": True, "BYTES": 1024}
-    signature = types | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel._dequantize_4bit_kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.metadata.shared <= 99 * 1024
-    assert len(compiled.asm["cubin"]) > 0
+    for made in kernel.compilations(capability):
+        constants = made.constants | made.config.blocks
+        names = made.kernel.arg_names
+        types = {name: "constexpr" if name in constants else made.signature[name] for name in names}
+        # A launch finds pointers and sizes divisible by 16, without which nothing is read 16 bytes at a time.
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind != "constexpr"}
+        source = ASTSource(made.kernel, types, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=made.options)
+        assert compiled.metadata.shared <= 99 * 1024
+        ptx = compiled.asm["ptx"]
+        if made.name.startswith("decode"):
+            assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, made.name  # noqa: PT018
+
+
+def test_blocks_next_to_a_tile_are_encoded():
+    """Around the size of a program's tile, encoding is the native kernel's, bit for bit."""
+    pytest.importorskip("triton")
+    if not INTERPRETED:
+        pytest.skip("there is no GPU to run on")
+    import pyfinetune as pf
+    from pyfinetune.kernels.nf4 import TILE
+
+    for numel in (TILE - 1, TILE, TILE + 1, 2 * TILE + 33):
+        weight = torch.randn(numel)
+        packed = {}
+        for backend in ("cpu", "triton"):
+            with pf.use_backend(backend):
+                packed[backend] = pf.ops.quantize_4bit(weight, 64, "nf4", True)
+        for ours, theirs in zip(packed["triton"].tensors(), packed["cpu"].tensors(), strict=True):
+            assert torch.equal(ours, theirs)

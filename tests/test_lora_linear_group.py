@@ -8,13 +8,14 @@ import weakref
 
 import pytest
 import torch
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED
 from lora_cases import Case, eager, make, upstream
 from oracle import BACKWARD, FORWARD, assert_as_good_as, layouts
 
 import pyfinetune as pf
 from pyfinetune.ops._op import REGISTRY
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = DTYPES[1]  # a 16-bit type that all the backends under test take
 
 
 def name(value):
@@ -116,7 +117,7 @@ def hold_to_the_oracle(backend: str, *args, draws: int = 2, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_as_good_as_eager(backend, dtype, packed, kind):
     hold_to_the_oracle(backend, kind, packed, dtype=dtype)
 
@@ -125,16 +126,16 @@ def test_as_good_as_eager(backend, dtype, packed, kind):
 @pytest.mark.parametrize("packed", PACKED)
 def test_any_number_of_rows(packed, rows):
     for kind in ("qkv", "dropout"):
-        hold_to_the_oracle("cpu", kind, packed, rows=rows, dtype=torch.bfloat16)
+        hold_to_the_oracle(FAST_BACKENDS[0], kind, packed, rows=rows, dtype=HALF)
 
 
 @pytest.mark.parametrize("packed", PACKED)
-def test_float32_adapters_on_a_bfloat16_base(packed):
-    options = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+def test_float32_adapters_on_a_16_bit_base(packed):
+    options = {"dtype": HALF, "adapter_dtype": torch.float32}
     made = group("qkv", packed, **options)
     grads = made.run()[len(made.cases) :]
     assert [g.dtype for g in grads] == [leaf.dtype for leaf in made.inputs()]
-    hold_to_the_oracle("cpu", "qkv", packed, **options)
+    hold_to_the_oracle(FAST_BACKENDS[0], "qkv", packed, **options)
 
 
 def test_gradcheck_of_the_reference():
@@ -157,12 +158,15 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", PACKED)
 def test_every_layer_is_what_it_is_alone(packed, kind):
-    """Outputs and the parameters' gradients, bit for bit; only dx is summed in another order."""
-    made = group(kind, packed, dtype=torch.bfloat16)
+    """Outputs and the parameters' gradients, bit for bit on a CPU; only dx is summed in another order."""
+    made = group(kind, packed, dtype=HALF)
     together, alone = made.run(), made.separate()
     dx = len(made.cases)
     for i, (a, b) in enumerate(zip(together, alone, strict=True)):
-        assert i == dx or torch.equal(a, b), f"output {i}"
+        if FAST_BACKENDS == ["cpu"]:
+            assert i == dx or torch.equal(a, b), f"output {i}"
+        else:  # the others' columns, all zeros, stand in each sum
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, msg=f"output {i}")
 
 
 def test_masks_are_independent():
@@ -193,7 +197,7 @@ def test_drawn_seeds_follow_the_generator():
     assert not torch.equal(first[0], again[0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_gradients_of_some_outputs_and_of_some_leaves(backend):
     with pf.use_backend(backend):
         made = group("dora", "mixed")
@@ -239,12 +243,12 @@ def test_any_layout_of_x_and_of_the_gradients():
 
 
 def test_nothing_is_mutated_and_a_second_backward_is_the_same():
-    made = group("dora", "mixed", dtype=torch.bfloat16)
+    made = group("dora", "mixed", dtype=HALF)
     packed = [t for case in made.cases if case.packed for t in case.packed.tensors() if t is not None]
     everything = [*made.inputs(), *packed]
     before = [t.detach().clone() for t in everything]
     ys = made.forward()
-    douts = [upstream(y, torch.bfloat16) for y in ys]
+    douts = [upstream(y, HALF) for y in ys]
     first = torch.autograd.grad(ys, made.inputs(), douts, retain_graph=True)
     made.run()
     second = torch.autograd.grad(ys, made.inputs(), douts)
@@ -350,8 +354,8 @@ def test_autocast_sets_the_compute_dtype():
 def test_all_kinds_stay_on_the_fast_path():
     for kind in KINDS:
         for packed in PACKED:
-            made = group(kind, packed, dtype=torch.bfloat16)
-            assert pf.explain("lora_linear_group", *made.args()).backend == "cpu", (kind, packed)
+            made = group(kind, packed, dtype=HALF)
+            assert pf.explain("lora_linear_group", *made.args()).backend == FAST_BACKENDS[0], (kind, packed)
 
 
 def test_a_second_derivative_is_refused():
@@ -367,9 +371,9 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("kind", ["qkv", "dropout", "dora"])
 def test_same_bits_a_hundred_times(kind):
-    made = group(kind, "mixed", dtype=torch.bfloat16)
+    made = group(kind, "mixed", dtype=HALF)
     expected = made.run()
-    for _ in range(100):
+    for _ in range(5 if INTERPRETED else 100):
         assert all(torch.equal(a, b) for a, b in zip(made.run(), expected, strict=True))
 
 

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from backends import DTYPES as KERNEL_DTYPES
+from backends import FAST_BACKENDS
 
 from pyfinetune._native import capsule, native
 from pyfinetune.ops._philox import dropout, random_words
@@ -21,6 +23,24 @@ def test_the_dropout_mask_is_the_same_on_every_backend():
             out = torch.empty_like(x)
             native.dropout(capsule(x), capsule(out), p, seed, 2)
             assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif("triton" not in FAST_BACKENDS, reason="it is about the Triton kernels")
+def test_the_mask_of_the_triton_kernels_is_the_same():
+    """Tiles of whole counters and tiles that start inside one; seeds of one word and of two."""
+    from pyfinetune.kernels import lora_linear as kernels
+
+    for dtype, shape in itertools.product(KERNEL_DTYPES, [(1, 1), (3, 5), (65, 260), (70, 131)]):
+        x = torch.randn(shape).to(dtype)
+        for p, seed in ((0.1, 0), (0.5, 2**40 + 3), (0.9, 2**62), (2**-32, 5), (0.3, -7)):
+            seed = torch.tensor(seed)
+            expected = dropout(x, p, seed)
+            mask, out = kernels.Dropout(seed, p), torch.empty_like(x)
+            kernels.up(out, None, None, mask.scale, inner=x, dropout=mask)
+            assert torch.equal(out, expected)
+            s, copy = x.new_empty((shape[0], 2)), torch.empty_like(x)
+            kernels.down_dropped(x, x[:1].expand(2, -1), s, mask, copy)
+            assert torch.equal(copy, expected)
 
 
 def test_random_words_are_philox():

@@ -8,8 +8,10 @@ import torch
 
 from pyfinetune.errors import InvalidInput
 from pyfinetune.ops import _lora_linear_cpu as cpu
+from pyfinetune.ops import _lora_linear_triton as gpu
 from pyfinetune.ops._checks import cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
+from pyfinetune.ops._triton import on_device_of, triton_why_not
 from pyfinetune.ops.lora_linear import check, check_bwd, fake, fake_bwd, prepare, reference, reference_bwd
 from pyfinetune.ops.nf4 import Packed4bit
 
@@ -166,8 +168,26 @@ def _cpu_backward(douts, *args):
     return _collect(x, projections, dx, grads)
 
 
-def _why_not(x, weights, *rest):
-    return cpu_why_not(x, *weights)
+def _triton_forward(*args):
+    x, projections = args[0], _projections(args)
+    with on_device_of(x):
+        return gpu.Forward(x, gpu.projections_of(x, projections)).run([p[-1] for p in projections])
+
+
+def _triton_backward(douts, *args):
+    x, projections, (s, zs, norms, needs) = args[0], _projections(args[:_COUNT]), args[_COUNT:]
+    with on_device_of(x):
+        group = gpu.Backward(x, gpu.projections_of(x, projections), s, zs, norms, *_needs_of(needs))
+        dx, grads = group.run(douts)
+    return _collect(x, projections, dx, grads)
+
+
+def _backends(triton, cpu_, tensors) -> list[Backend]:
+    """The two backends of an op; `tensors` picks what their kernels read of its arguments."""
+    return [
+        Backend("triton", triton, lambda *args: triton_why_not(*tensors(*args))),
+        Backend("cpu", cpu_, lambda *args: cpu_why_not(*tensors(*args))),
+    ]
 
 
 _bwd = Op(
@@ -177,7 +197,7 @@ _bwd = Op(
     check=_check_bwd,
     fake=_fake_bwd,
     reference=_reference_bwd,
-    backends=[Backend("cpu", _cpu_backward, lambda douts, x, weights, *rest: _why_not(x, [*douts, *weights]))],
+    backends=_backends(_triton_backward, _cpu_backward, lambda douts, x, weights, *rest: (x, *douts, *weights)),
 )
 
 
@@ -276,7 +296,7 @@ _lora_linear_group = Op(
     check=_check,
     fake=_fake,
     reference=_reference,
-    backends=[Backend("cpu", _cpu_forward, _why_not)],
+    backends=_backends(_triton_forward, _cpu_forward, lambda x, weights, *rest: (x, *weights)),
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,

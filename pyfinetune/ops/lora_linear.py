@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from pyfinetune.ops import _lora_linear_cpu as cpu
+from pyfinetune.ops import _lora_linear_triton as gpu
 from pyfinetune.ops._checks import ALL_FLOATS, FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
 from pyfinetune.ops._philox import dropout
+from pyfinetune.ops._triton import triton_why_not
 from pyfinetune.ops.nf4 import Packed4bit, check_packed, dequantize_reference
 
 _NAME = "lora_linear"
@@ -172,7 +174,10 @@ _bwd = Op(
     check=check_bwd,
     fake=fake_bwd,
     reference=reference_bwd,
-    backends=[Backend("cpu", cpu.backward, lambda dout, x, weight, *rest: cpu_why_not(dout, x, weight))],
+    backends=[
+        Backend("triton", gpu.backward, lambda dout, x, weight, *rest: triton_why_not(dout, x, weight)),
+        Backend("cpu", cpu.backward, lambda dout, x, weight, *rest: cpu_why_not(dout, x, weight)),
+    ],
 )
 
 
@@ -247,7 +252,9 @@ def prepare(
     if lora_a is None or dropout_p == 0.0:
         dropout_p, seed = (0.0 if lora_a is None else dropout_p), None
     elif not isinstance(seed, torch.Tensor):
-        seed = torch.randint(2**63 - 1, ()) if seed is None else torch.tensor(seed, dtype=torch.int64)
+        # On x's device, filled there: a copy from the host would wait for the GPU.
+        options = {"dtype": torch.int64, "device": x.device}
+        seed = torch.randint(2**63 - 1, (), **options) if seed is None else torch.full((), seed, **options)
     elif seed.dtype != torch.int64 or seed.dim() != 0:
         fail(_NAME, f"seed is {seed.dtype} {list(seed.shape)}, needs a 0-d int64 tensor")
     adapter = (lora_a, lora_b, float(scaling), float(dropout_p), seed, magnitude)
@@ -261,7 +268,10 @@ _lora_linear = Op(
     check=check,
     fake=fake,
     reference=reference,
-    backends=[Backend("cpu", cpu.forward, lambda x, weight, *rest: cpu_why_not(x, weight))],
+    backends=[
+        Backend("triton", gpu.forward, lambda x, weight, *rest: triton_why_not(x, weight)),
+        Backend("cpu", cpu.forward, lambda x, weight, *rest: cpu_why_not(x, weight)),
+    ],
     prepare=prepare,
     setup_context=_setup_context,
     backward=_backward,

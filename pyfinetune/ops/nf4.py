@@ -8,9 +8,10 @@ import math
 import torch
 
 from pyfinetune._native import capsule, native, threads
+from pyfinetune.ops import _nf4_triton as gpu
 from pyfinetune.ops._checks import FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
-from pyfinetune.ops._triton import kernels, on_device_of, triton_dtypes, triton_why_not
+from pyfinetune.ops._triton import triton_why_not
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")
@@ -196,13 +197,22 @@ def _quantize_cpu(weight, block_size, quant_type):
     return codes, absmax
 
 
+def _quantize_triton(weight, block_size, quant_type):
+    codes, absmax = _fake_quantize(weight, block_size, quant_type)
+    gpu.quantize_into(codes, absmax, weight, block_size, quant_type)
+    return codes, absmax
+
+
 _quantize = Op(
     "quantize_4bit",
     "(Tensor weight, int block_size, str quant_type) -> (Tensor codes, Tensor absmax)",
     check=_check_quantize,
     fake=_fake_quantize,
     reference=_quantize_reference,
-    backends=[Backend("cpu", _quantize_cpu, lambda weight, *rest: cpu_why_not(weight))],
+    backends=[
+        Backend("triton", _quantize_triton, lambda weight, *rest: triton_why_not(weight)),
+        Backend("cpu", _quantize_cpu, lambda weight, *rest: cpu_why_not(weight)),
+    ],
     prepare=lambda weight, block_size=64, quant_type="nf4", double_quant=False: (
         weight.detach(),
         block_size,
@@ -245,13 +255,22 @@ def _absmax_cpu(centred, nearest, block_size):
     return codes, absmax
 
 
+def _absmax_triton(centred, nearest, block_size):
+    codes, absmax = _fake_absmax(centred, nearest, block_size)
+    gpu.quantize_absmax_into(codes, absmax, centred, nearest, block_size)
+    return codes, absmax
+
+
 _quantize_absmax = Op(
     "quantize_absmax",
     "(Tensor centred, Tensor nearest, int block_size) -> (Tensor codes, Tensor absmax)",
     check=_check_absmax,
     fake=_fake_absmax,
     reference=_absmax_reference,
-    backends=[Backend("cpu", _absmax_cpu, lambda centred, nearest, block_size: cpu_why_not(centred, nearest))],
+    backends=[
+        Backend("triton", _absmax_triton, lambda centred, nearest, block_size: triton_why_not(centred, nearest)),
+        Backend("cpu", _absmax_cpu, lambda centred, nearest, block_size: cpu_why_not(centred, nearest)),
+    ],
 )
 
 
@@ -381,21 +400,9 @@ def _dequantize_cuda(*args):
     return out
 
 
-def _decode_triton(out, *args):
-    *tensors, block_size, nested_block_size, shape, _dtype = args
-    contiguous = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    with on_device_of(out):
-        kernels("nf4").dequantize_4bit(out, *contiguous, block_size, nested_block_size, math.prod(shape))
-
-
-def _decode_triton_why_not(*args):
-    dtype = args[9]
-    return triton_why_not(*args[:6]) if dtype in triton_dtypes() else f"no kernel for {dtype}"
-
-
 def _dequantize_triton(*args):
     out = _fake_dequantize(*args)
-    _decode_triton(out, *args)
+    gpu.decode_into(out, *args)
     return out
 
 
@@ -420,7 +427,7 @@ _dequantize = Op(
     reference=dequantize_reference,
     backends=[
         Backend("cuda", _dequantize_cuda, _cuda_why_not),
-        Backend("triton", _dequantize_triton, _decode_triton_why_not),
+        Backend("triton", _dequantize_triton, gpu.decode_why_not),
         Backend("cpu", _dequantize_cpu, lambda *args: cpu_why_not(*args[:6])),
     ],
     prepare=_prepare_dequantize,
@@ -455,7 +462,7 @@ _dequantize_out = Op(
     reference=lambda *args: args[-1].copy_(dequantize_reference(*args[:-1])) and None,
     backends=[
         Backend("cuda", _into(_decode_cuda), _cuda_why_not),
-        Backend("triton", _into(_decode_triton), _decode_triton_why_not),
+        Backend("triton", _into(gpu.decode_into), gpu.decode_why_not),
         Backend("cpu", _into(_decode_cpu), lambda *args: cpu_why_not(*args[:6])),
     ],
 )

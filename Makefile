@@ -4,6 +4,7 @@
 #   make test        the tests (under 10 minutes on 2 cores)
 #   make test-extra  the slow tests, the op tests again under every instruction set of this machine, and test-native
 #   make test-native a million calls of the CPU kernels, without Python, under the address and undefined sanitizers
+#   make test-oldest the tests of what touches transformers, peft and trl, with the oldest of them that are supported
 #   make lint        ruff, and clang-format over the native sources
 #   make format      rewrite what lint complains about
 #   make bench       our kernels against their peers
@@ -29,7 +30,7 @@ OP_TESTS = $(sort $(foreach op,$(OPS),$(wildcard tests/test_$(op)*.py)) tests/te
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all demo test test-extra test-native lint format bench wheel clean clean-venv
+.PHONY: all demo test test-extra test-native test-oldest lint format bench wheel clean clean-venv
 all: $(VENV)/.installed
 
 # torch goes first and by its exact version: an unpinned torch may resolve to a build several gigabytes larger.
@@ -69,6 +70,23 @@ test-native: $(VENV)/.tools
 	cmake --build build/native
 	build/native/fuzz_kernels --self-test
 	build/native/fuzz_kernels $(FUZZ_FLAGS)
+
+# The oldest versions that pyproject.toml admits, in a venv of their own; torch stays the tested one.
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt $(PIP_FLAGS)
+OLDEST_TESTS = $(wildcard tests/test_patch*.py tests/test_peft_lora.py tests/test_verify.py tests/test_run_script.py) \
+  tests/test_load_4bit.py tests/test_linear4bit.py tests/test_merge_dense.py
+
+$(OLDEST)/.installed: constraints-oldest.txt pyproject.toml $(NATIVE)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PIP) "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST_PIP) scikit_build_core pybind11 cmake ninja
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST_PIP) --no-build-isolation -e '.[test]'
+	sed -i '/^\//d' $(OLDEST)/lib/python*/site-packages/_editable_skbc_pyfinetune.pth
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest $(OLDEST_TESTS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

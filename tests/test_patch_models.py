@@ -28,7 +28,7 @@ BLOCKS = {
     "SmolLM3": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Olmo2": {"RMSNorm": 9, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Granite": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
-    "GPTNeoX": {"attention": 1, "causal LM loss": 1},
+    "GPTNeoX": {"attention block": 2, "attention": 1, "causal LM loss": 1},
     "GPT2": {"attention": 1, "causal LM loss": 1},
     "Bert": {"attention": 1},
     "Roberta": {"attention": 1},
@@ -146,13 +146,17 @@ def test_compiled_as_one_graph_and_right(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Llama", "Gemma2")])
-def test_compiled(name):
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [(name, "aot_eager") for name in MODELS if name not in ("Llama", "Gemma2")]
+    + [("Llama", "inductor"), ("Gemma2", "inductor")],
+)
+def test_compiled(name, compiler):
     model = make(name)
     eager = {kind: run(model, inputs) for kind, inputs in batches(name).items()}
     exact = {kind: exact_run(model, inputs) for kind, inputs in batches(name).items()}
     pf.patch(model)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=compiler)
     for kind, inputs in batches(name).items():
         found = {key.replace("_orig_mod.", ""): value for key, value in run(compiled, inputs).items()}
         assert_close(found, eager[kind], exact[kind], torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,8 +115,13 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
     return list(found.values())
 
 
-def _pair(values: dict[str, float], form: str) -> str:
-    return " / ".join(format(values[page], form) if page in values else _NONE for page in PAGES) if values else _NONE
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _pair(values: dict[str, float], form: str | Callable[[float], str]) -> str:
+    shown = form if callable(form) else lambda value: format(value, form)
+    return " / ".join(shown(values[page]) if page in values else _NONE for page in PAGES) if values else _NONE
 
 
 def _target_text(line: Line) -> str:
@@ -136,9 +142,9 @@ def _cells(line: Line) -> list[str]:
         saved = " / ".join(f"{line.saved[who]:.1f}" for who in (OURS, "peer") if who in line.saved)
     return [
         line.case,
-        _pair(line.ours, ".3g"),
+        _pair(line.ours, _milliseconds),
         line.peer or _NONE,
-        _pair(line.theirs, ".3g"),
+        _pair(line.theirs, _milliseconds),
         _pair(line.ratio, ".2f"),
         _NONE if line.headline is None else f"{line.headline:.2f}x",
         _target_text(line) + {True: " ✓", False: " missed", None: ""}[line.met],

@@ -42,6 +42,24 @@ CAUSAL = {
 ENCODERS = {"Bert": _NO_DROPOUT, "Roberta": _NO_DROPOUT}
 
 
+def checkpointing() -> str:
+    """What transformers calls recomputing activations, in its arguments and methods: the name has changed."""
+    from transformers import PreTrainedModel
+
+    newer = "activation_checkpointing"
+    return newer if hasattr(PreTrainedModel, f"{newer}_enable") else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: nn.Module, reentrant: bool) -> None:
+    """Recompute activations in the backward pass."""
+    getattr(model, f"{checkpointing()}_enable")({"use_reentrant": reentrant})
+
+
+def disable_checkpointing(model: nn.Module) -> None:
+    """Keep activations again."""
+    getattr(model, f"{checkpointing()}_disable")()
+
+
 def make(name: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A model of that architecture with every parameter at random."""
     import transformers
@@ -49,7 +67,9 @@ def make(name: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(**{**_COMMON, **(CAUSAL | ENCODERS)[name], **options})
     torch.manual_seed(0)
     kind = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
-    model = kind.from_config(config, dtype=dtype).train()
+    # Older versions choose an attention that leaves a cap on the scores out.
+    capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = kind.from_config(config, dtype=dtype, **capped).train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of one and biases of zero hide mistakes

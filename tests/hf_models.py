@@ -67,9 +67,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(**{**_COMMON, **(CAUSAL | ENCODERS)[name], **options})
     torch.manual_seed(0)
     kind = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
-    # Older versions choose an attention that leaves a cap on the scores out.
-    capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-    model = kind.from_config(config, dtype=dtype, **capped).train()
+    model = kind.from_config(config, dtype=dtype).train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of one and biases of zero hide mistakes

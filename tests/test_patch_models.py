@@ -66,6 +66,8 @@ def test_logits_loss_and_gradients_are_as_good_as_the_originals(name, dtype):
 @pytest.mark.parametrize("name", MODELS)
 def test_with_adapters_too(name):
     model = with_lora(make(name))
+    if name == "Gemma2" and model.config._attn_implementation == "sdpa":
+        pytest.skip("this version of transformers leaves the cap on the scores out")
     kinds = batches(name)
     eager = {kind: run(model, inputs) for kind, inputs in kinds.items()}
     exact = {kind: exact_run(model, inputs) for kind, inputs in kinds.items()}

@@ -7,6 +7,7 @@
 #   make compile-report compile every Triton kernel for every supported GPU: registers, shared memory, occupancy
 #   make gpu-check   on a machine with a GPU: the whole GPU test matrix, then the GPU benchmark, in 8 minutes
 #   make test-native a million calls of the CPU kernels, without Python, under the address and undefined sanitizers
+#   make test-oldest the tests of what touches transformers, peft and trl, with the oldest of them that are supported
 #   make lint        ruff, and clang-format over the native sources
 #   make format      rewrite what lint complains about
 #   make bench       our kernels against their peers
@@ -38,7 +39,7 @@ TRITON_TESTS = $(sort $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all demo test test-extra test-native test-triton compile-report gpu-check lint format bench wheel clean \
+.PHONY: all demo test test-extra test-native test-triton test-oldest compile-report gpu-check lint format bench wheel clean \
   clean-venv
 all: $(VENV)/.installed
 
@@ -93,6 +94,25 @@ test-native: $(VENV)/.tools
 	cmake --build build/native
 	build/native/fuzz_kernels --self-test
 	build/native/fuzz_kernels $(FUZZ_FLAGS)
+
+# The oldest versions that pyproject.toml admits, in a venv of their own; torch stays the tested one.
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt $(PIP_FLAGS)
+OLDEST_TESTS = $(wildcard tests/test_patch*.py tests/test_peft_lora.py tests/test_verify.py tests/test_run_script.py) \
+  tests/test_load_4bit.py tests/test_linear4bit.py tests/test_merge_dense.py
+# What these versions say of newer ones below them is not ours to mend.
+OLDEST_WARNINGS := -W ignore::FutureWarning -W "ignore:Could not find a config file:UserWarning"
+
+$(OLDEST)/.installed: constraints-oldest.txt pyproject.toml $(NATIVE)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PIP) "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST_PIP) scikit_build_core pybind11 cmake ninja
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" $(OLDEST_PIP) --no-build-isolation -e '.[test]'
+	sed -i '/^\//d' $(OLDEST)/lib/python*/site-packages/_editable_skbc_pyfinetune.pth
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest $(OLDEST_TESTS) $(OLDEST_WARNINGS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

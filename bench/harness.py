@@ -21,6 +21,7 @@ OURS = "ours"
 MACHINE = "machine"
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
+MACHINE_ROUNDS = 5
 LONG_CALL = 3.0  # seconds; what takes longer is warm after one call
 
 
@@ -97,13 +98,24 @@ class Case:
 
 
 def _warm_up(call: Callable[[int], Any], sync: Callable[[], None]) -> None:
-    """Call once to allocate and pick kernels, and again to meet what the first left, unless that is lost in noise."""
+    """Call once to allocate and pick kernels, and again to meet what the first left, unless it takes long."""
     start = time.perf_counter()
     call(0)
     sync()
     if time.perf_counter() - start < LONG_CALL:
         call(1)
         sync()
+
+
+def _time_machine(machine: Callable[[], Any] | None, sync: Callable[[], None]) -> list[float]:
+    """A few times of the call, the first one apart."""
+    times = []
+    for _ in range(0 if machine is None else MACHINE_ROUNDS + 1):
+        start = time.perf_counter()
+        machine()
+        sync()
+        times.append(time.perf_counter() - start)
+    return times[1:]
 
 
 def interleave(
@@ -120,16 +132,17 @@ def interleave(
         seconds: how long to go on, once there are `min_rounds` rounds.
         sync: waits for the device.
         min_rounds: least number of times that each is called.
-        machine: timed at the beginning of each round, to see what the machine itself could do at that time.
+        machine: timed before the first and after the last round, to see what the machine itself could do at that
+            time; not between them, where it would empty the caches.
 
     Returns:
         Seconds of each call, in order, by name; of `machine` under the name `MACHINE`.
     """
-    names, calls = list(calls), {MACHINE: lambda i: machine(), **calls}
-    first = [MACHINE] if machine else []
-    for name in first + names:
+    names = list(calls)
+    machine_times = _time_machine(machine, sync)
+    for name in names:
         _warm_up(calls[name], sync)
-    times: dict[str, list[float]] = {name: [] for name in first + names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -139,7 +152,7 @@ def interleave(
             if i >= min_rounds and time.perf_counter() > end:
                 break
             # Another one goes first each round: a place in the order is an advantage in itself.
-            for name in first + names[i % len(names) :] + names[: i % len(names)]:
+            for name in names[i % len(names) :] + names[: i % len(names)]:
                 start = time.perf_counter()
                 calls[name](i)
                 sync()
@@ -147,6 +160,8 @@ def interleave(
     finally:
         if collecting:
             gc.enable()
+    if machine is not None:
+        times[MACHINE] = machine_times + _time_machine(machine, sync)
     return times
 
 

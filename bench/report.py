@@ -1,4 +1,7 @@
-"""Make the measured tables of a README from the results that were kept: `python -m pyfinetune.bench.report`."""
+"""Make the measured tables from the results that were kept: `python -m pyfinetune.bench.report`.
+
+The page beside the results shows all of them, the project's README what has a target.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ NOT_MEASURED = (
 )
 
 
-def block_of(folder: Path) -> str:
-    """The Markdown for every result in the folder, by file name."""
+def block_of(folder: Path, promised: bool) -> str:
+    """The Markdown for every result in the folder, by file name; see `markdown_of`."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            parts.append(markdown_of(result))
+            parts.append(markdown_of(result, promised))
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{path}: is no result of the benchmark ({type(error).__name__}: {error})",
@@ -45,23 +48,28 @@ def rewritten(text: str, block: str, name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite the block, or with --check say whether it is up to date; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pyfinetune.bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of JSON files")
+    """Rewrite the blocks, or with --check say whether they are up to date; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pyfinetune.bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--results", type=Path, default=Path("bench/results"), help="folder of JSON files and README.md"
+    )
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when the block is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a block is out of date")
     args = parser.parse_args(argv)
+    pages: list[tuple[Path, str, str]] = []
     try:
-        if not args.readme.is_file():
-            raise UserError(f"{args.readme}: no such file", fix="run this in a checkout, or pass --readme")
-        text = args.readme.read_text(encoding="utf-8")
-        new = rewritten(text, block_of(args.results), str(args.readme))
+        for path, promised in ((args.readme, True), (args.results / "README.md", False)):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file", fix="run this in a checkout, or pass --readme and --results")
+            text = path.read_text(encoding="utf-8")
+            pages.append((path, text, rewritten(text, block_of(args.results, promised), str(path))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.check:
-        return int(new != text)
-    args.readme.write_text(new, encoding="utf-8")
+        return int(any(new != text for _path, text, new in pages))
+    for path, _text, new in pages:
+        path.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,8 +115,13 @@ def lines_of(result: dict[str, Any]) -> list[Line]:
     return list(found.values())
 
 
-def _pair(values: dict[str, float], form: str) -> str:
-    return " / ".join(format(values[page], form) if page in values else _NONE for page in PAGES) if values else _NONE
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _pair(values: dict[str, float], form: str | Callable[[float], str]) -> str:
+    shown = form if callable(form) else lambda value: format(value, form)
+    return " / ".join(shown(values[page]) if page in values else _NONE for page in PAGES) if values else _NONE
 
 
 def _target_text(line: Line) -> str:
@@ -136,9 +142,9 @@ def _cells(line: Line) -> list[str]:
         saved = " / ".join(f"{line.saved[who]:.1f}" for who in (OURS, "peer") if who in line.saved)
     return [
         line.case,
-        _pair(line.ours, ".3g"),
+        _pair(line.ours, _milliseconds),
         line.peer or _NONE,
-        _pair(line.theirs, ".3g"),
+        _pair(line.theirs, _milliseconds),
         _pair(line.ratio, ".2f"),
         _NONE if line.headline is None else f"{line.headline:.2f}x",
         _target_text(line) + {True: " ✓", False: " missed", None: ""}[line.met],
@@ -158,6 +164,7 @@ HEADERS = (
     "of limit",
     "saved, MB",
 )
+SHORT_HEADERS = ("case", "ours, ms", "peer", "peer, ms", "headline", "target")
 
 
 def machine_line(result: dict[str, Any]) -> str:
@@ -186,7 +193,7 @@ def ceilings_line(result: dict[str, Any]) -> str:
 
 EXPLANATION = (
     "Pairs are with the allocator as it comes / with recycled pages; the headline is the smaller ratio. "
-    "'of limit': time that the machine's own GEMM or copy rate, measured between the calls, allows / our time. "
+    "'of limit': time that the machine's own GEMM or copy rate, measured with each case, allows / our time. "
     "'saved': kept for the backward pass, ours / peer."
 )
 
@@ -206,12 +213,23 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
-def markdown_of(result: dict[str, Any]) -> str:
-    """The result as a Markdown table with the machine above it and what the columns mean below."""
-    rows = [f"| {' | '.join(HEADERS)} |", "|" + "---|" * len(HEADERS)]
+def markdown_of(result: dict[str, Any], promised: bool = False) -> str:
+    """The result as a Markdown table with the machine above it and what the columns mean below.
+
+    Args:
+        result: what `runner.run` returned.
+        promised: only the cases that have a target, and fewer columns.
+    """
+    columns = [HEADERS.index(header) for header in (SHORT_HEADERS if promised else HEADERS)]
+    rows = []
     for line in lines_of(result):
+        if promised and line.target is None and not line.wrong:
+            continue
         cells = _cells(line)
         if line.wrong:
-            cells[1] = "WRONG"
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([machine_line(result) + ".", "", *rows, "", ceilings_line(result) + ". " + EXPLANATION])
+            cells[HEADERS.index("ours, ms")] = "WRONG"
+        rows.append([cells[column].replace("|", "\\|") for column in columns])
+    head = [[HEADERS[column] for column in columns], ["---"] * len(columns)]
+    table = [f"| {' | '.join(cells)} |" for cells in head + rows]
+    notes = [] if promised else [ceilings_line(result) + ". " + EXPLANATION]
+    return "\n".join([machine_line(result) + ".", "", *table, *(["", *notes] if notes else [])])

@@ -42,6 +42,24 @@ CAUSAL = {
 ENCODERS = {"Bert": _NO_DROPOUT, "Roberta": _NO_DROPOUT}
 
 
+def checkpointing() -> str:
+    """What transformers calls recomputing activations, in its arguments and methods: the name has changed."""
+    from transformers import PreTrainedModel
+
+    newer = "activation_checkpointing"
+    return newer if hasattr(PreTrainedModel, f"{newer}_enable") else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: nn.Module, reentrant: bool) -> None:
+    """Recompute activations in the backward pass."""
+    getattr(model, f"{checkpointing()}_enable")({"use_reentrant": reentrant})
+
+
+def disable_checkpointing(model: nn.Module) -> None:
+    """Keep activations again."""
+    getattr(model, f"{checkpointing()}_disable")()
+
+
 def make(name: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A model of that architecture with every parameter at random."""
     import transformers

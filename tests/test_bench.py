@@ -157,12 +157,12 @@ class TestHarness:
         assert measured["bound"] == "copy_gbs"
         assert measured["floor_ms"] == pytest.approx(1e3 * 0.6 / 3e9)
 
-    def test_the_machine_comes_first_in_each_round(self):
+    def test_the_machine_is_timed_before_and_after(self):
         seen = []
         calls = {name: lambda i, n=name: seen.append(n) for name in "ab"}
         times = interleave(calls, 0.0, min_rounds=2, machine=lambda: seen.append("m"))
-        assert "".join(seen) == "mmaabb" + "mab" + "mba"
-        assert set(times) == {harness.MACHINE, "a", "b"}
+        assert "".join(seen) == "mmmmmm" + "aabb" + "ab" + "ba" + "mmmmmm"
+        assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2, harness.MACHINE: 10}
 
     def test_saved_bytes_counts_what_the_inputs_do_not_own(self):
         x = torch.randn(100, requires_grad=True)
@@ -412,35 +412,44 @@ class TestRunner:
 
 
 class TestReport:
-    def test_rewrites_only_the_block(self, tmp_path):
+    def pages(self, tmp_path, text=f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"):
+        """README, the page beside the results, and the arguments that name both."""
         readme, folder = tmp_path / "README.md", tmp_path / "results"
         folder.mkdir()
-        readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-        arguments = ["--readme", str(readme), "--results", str(folder)]
+        for page in (readme, folder / "README.md"):
+            page.write_text(text)
+        return readme, folder / "README.md", ["--readme", str(readme), "--results", str(folder)]
+
+    def test_rewrites_only_the_block(self, tmp_path):
+        readme, page, arguments = self.pages(tmp_path)
         assert report.main([*arguments, "--check"]) == 1
         assert report.main(arguments) == 0
         assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOT_MEASURED}\n{report.END}\nafter\n"
         assert report.main([*arguments, "--check"]) == 0
-        (folder / "cpu.json").write_text(json.dumps(result(default=[row()])))
+        rows = [row(), row("no promise", target=None)]
+        (page.parent / "cpu.json").write_text(json.dumps(result(default=rows)))
         assert report.main(arguments) == 0
-        text = readme.read_text()
-        assert "| a case |" in text
-        assert "4.00x" in text
-        assert text.startswith("before\n")
-        assert text.endswith("\nafter\n")
+        for path in (readme, page):
+            text = path.read_text()
+            assert "| a case |" in text
+            assert "4.00x" in text
+            assert text.startswith("before\n")
+            assert text.endswith("\nafter\n")
+            assert ("no promise" in text) == ("of limit" in text) == (path == page)
+        page.write_text("no marks")
+        assert report.main(arguments) == 2
 
     @pytest.mark.parametrize("text", ["none", f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}\n" * 2 + report.END])
     def test_marks(self, tmp_path, capsys, text):
-        readme = tmp_path / "README.md"
-        readme.write_text(text)
-        assert report.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
+        readme, page, arguments = self.pages(tmp_path, text)
+        assert report.main(arguments) == 2
         assert "exactly one" in capsys.readouterr().err
-        assert readme.read_text() == text
+        assert readme.read_text() == page.read_text() == text
 
     def test_broken_result_is_named(self, tmp_path, capsys):
-        (tmp_path / "bad.json").write_text('{"runs": {}}')
-        (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
-        assert report.main(["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 2
+        _readme, page, arguments = self.pages(tmp_path)
+        (page.parent / "bad.json").write_text('{"runs": {}}')
+        assert report.main(arguments) == 2
         assert "bad.json" in capsys.readouterr().err
 
     def test_the_readme_shows_the_results_that_are_kept(self):

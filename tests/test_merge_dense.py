@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from hf_models import enable_checkpointing
 from peft_models import METHODS, assert_close, base_model, batch, exact_twin, lora_layers, randomise, run
 from torch import nn
 
@@ -181,9 +182,7 @@ def test_to_dense_refuses_adapters(folders):
 def test_gradients_under_checkpointing_are_those_without(folders, use_reentrant):
     model = adapted(folders[torch.float32]).train()
     want = run(model, batch())
-    name = "activation_checkpointing_enable"  # the newer name
-    base = model.get_base_model()
-    getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")({"use_reentrant": use_reentrant})
+    enable_checkpointing(model.get_base_model(), use_reentrant)
     model.enable_input_require_grads()
     model(**batch()).loss.backward()  # re-entrant checkpointing refuses `torch.autograd.grad`
     got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}

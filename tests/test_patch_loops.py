@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from hf_models import batches, exact_run, make, run, with_lora
+from hf_models import batches, disable_checkpointing, enable_checkpointing, exact_run, make, run, with_lora
 from peft_models import assert_close
 from torch import nn
 from trainer_runs import batch_of, result_of, rows, widened
@@ -137,13 +137,13 @@ def test_gradient_checkpointing_gives_the_same_bits(method, reentrant, dtype):
     pf.patch(model)
     for kind, inputs in batches("Qwen2").items():
         plain = run(model, inputs)
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        enable_checkpointing(model, reentrant)
         if method == "lora" and reentrant:
             model.enable_input_require_grads()
         model.zero_grad()
         model(**inputs).loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-        model.activation_checkpointing_disable()
+        disable_checkpointing(model)
         assert all(torch.equal(plain[name], grad) for name, grad in grads.items()), kind
         assert set(plain) - {"loss", "logits"} == set(grads)
 

@@ -28,7 +28,7 @@ BLOCKS = {
     "SmolLM3": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Olmo2": {"RMSNorm": 9, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
     "Granite": {"RMSNorm": 5, "gated MLP": 2, "attention block": 2, "attention": 1, "causal LM loss": 1},
-    "GPTNeoX": {"attention": 1, "causal LM loss": 1},
+    "GPTNeoX": {"attention block": 2, "attention": 1, "causal LM loss": 1},
     "GPT2": {"attention": 1, "causal LM loss": 1},
     "Bert": {"attention": 1},
     "Roberta": {"attention": 1},
@@ -66,6 +66,8 @@ def test_logits_loss_and_gradients_are_as_good_as_the_originals(name, dtype):
 @pytest.mark.parametrize("name", MODELS)
 def test_with_adapters_too(name):
     model = with_lora(make(name))
+    if name == "Gemma2" and model.config._attn_implementation == "sdpa":
+        pytest.skip("this version of transformers leaves the cap on the scores out")
     kinds = batches(name)
     eager = {kind: run(model, inputs) for kind, inputs in kinds.items()}
     exact = {kind: exact_run(model, inputs) for kind, inputs in kinds.items()}
@@ -146,13 +148,17 @@ def test_compiled_as_one_graph_and_right(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Llama", "Gemma2")])
-def test_compiled(name):
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [(name, "aot_eager") for name in MODELS if name not in ("Llama", "Gemma2")]
+    + [("Llama", "inductor"), ("Gemma2", "inductor")],
+)
+def test_compiled(name, compiler):
     model = make(name)
     eager = {kind: run(model, inputs) for kind, inputs in batches(name).items()}
     exact = {kind: exact_run(model, inputs) for kind, inputs in batches(name).items()}
     pf.patch(model)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=compiler)
     for kind, inputs in batches(name).items():
         found = {key.replace("_orig_mod.", ""): value for key, value in run(compiled, inputs).items()}
         assert_close(found, eager[kind], exact[kind], torch.float32)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from hf_models import enable_checkpointing
 from peft_models import METHODS, adapted, assert_close, batch, exact_twin, lora_layers, patch_lora, run
 
 pytest.importorskip("peft")
@@ -122,7 +123,7 @@ def test_gradient_checkpointing_replays_the_dropout(base, reentrant):
         model = adapted("llama", torch.float32, base, lora_dropout=0.2)
         patch_lora(model)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, reentrant)
             model.enable_input_require_grads()
         torch.manual_seed(3)
         model(**batch()).loss.backward()

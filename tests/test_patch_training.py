@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hf_models import exact_run, make, run, with_lora
+from hf_models import checkpointing, exact_run, make, run, with_lora
 from peft_models import assert_close
 from torch import nn
 from trainer_runs import arguments, batch_of, recorder, rows, trained
@@ -185,7 +185,7 @@ def test_a_trainer_with_gradient_checkpointing_gives_the_same_bits(method, reent
     pf.patch(plain)
     pf.patch(model)
     expected, _ = trained(plain, tmp_path)
-    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    options = {checkpointing(): True, f"{checkpointing()}_kwargs": {"use_reentrant": reentrant}}
     ours, _ = trained(model, tmp_path, **options)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from hf_models import make, with_lora
+from hf_models import checkpointing, make, with_lora
 from peft_models import assert_close
 from tiny_model import make_tokenizer
 from trainer_runs import arguments, recorder, result_of, widened
@@ -40,7 +40,7 @@ def documents(seed: int = 5) -> Dataset:
 
 
 def trainer_of(model, folder, batches: str, **options):
-    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "bf16": False, "activation_checkpointing": False}
+    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "bf16": False, checkpointing(): False}
     options = {**settings, **BATCHES[batches], "average_tokens_across_devices": False, **options}
     callbacks = options.pop("callbacks", [])
     config = arguments(folder, SFTConfig, **options)
@@ -122,7 +122,7 @@ def test_documents_of_a_batch_do_not_see_each_other(name, batches, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_mixed_precision_and_checkpointing(method, tmp_path):
-    options = {"bf16": True, "activation_checkpointing": True}
+    options = {"bf16": True, checkpointing(): True}
     model = model_of(method)
     exact = trained(copy.deepcopy(model), tmp_path, "packed", exact=True)
     eager = trained(copy.deepcopy(model), tmp_path, "packed", **options)
@@ -136,7 +136,7 @@ def test_the_trainer_makes_the_adapters(tmp_path):
     from transformers import Trainer
 
     model = make("Qwen2")
-    settings = {"max_steps": 2, "bf16": False, "activation_checkpointing": False, **BATCHES["packed"]}
+    settings = {"max_steps": 2, "bf16": False, checkpointing(): False, **BATCHES["packed"]}
     config = arguments(tmp_path, SFTConfig, **settings)
     lora = LoraConfig(r=4, target_modules="all-linear")
     options = {"train_dataset": documents(), "processing_class": make_tokenizer(), "peft_config": lora}

@@ -14,6 +14,7 @@ from pyfinetune.ops._op import REGISTRY
 
 LOW = DTYPES[1]  # bfloat16 where the backend has it
 
+
 def name(value):
     return str(value).removeprefix("torch.")
 

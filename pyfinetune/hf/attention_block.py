@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,12 +28,31 @@ from pyfinetune.ops._op import explain
 
 KIND = "attention block"
 _PROBE = f"{NAME}_probe"
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
+_NORMS = ("q_norm", "k_norm")
+
+
+class Layout(NamedTuple):
+    """What a family of blocks calls its parts: projections in and out, the size of a head, the argument of a cache."""
+
+    inward: tuple[str, ...]
+    outward: str
+    head_dim: str = "head_dim"
+    cache: str = "past_key_values"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return (*self.inward, self.outward)
+
+
+_BY_HEAD = Layout(("query_key_value",), "dense", "head_size", "layer_past")  # q, k and v of a head side by side
+_LAYOUTS = (Layout(("q_proj", "k_proj", "v_proj"), "o_proj"), Layout(("qkv_proj",), "o_proj"), _BY_HEAD)
+_CACHES = {"past_key_values", "past_key_value", "layer_past"}
 
 
 class FastAttention(Fast):
     """The forward that the swapped classes share; what is set on the class made for each original says the rest."""
 
+    layout: Layout
     rotates: bool
     options: tuple[tuple[str, Any], ...]  # what the original passes to the attention beside its arguments
 
@@ -42,42 +61,41 @@ class FastAttention(Fast):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        name = self.config._attn_implementation
-        if name not in (NAME, _PROBE) or position_embeddings is None or set(kwargs) & {"past_key_value", "layer_past"}:
+        name, layout = self.config._attn_implementation, self.layout
+        if name not in (NAME, _PROBE) or position_embeddings is None or kwargs.keys() & (_CACHES - {layout.cache}):
             return super().forward(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )
         query, key, value = self._states(hidden_states)
         if self.rotates:
             query, key = rope(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = kwargs.pop(layout.cache, None)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS[name]
         options = {"dropout": dropout, **dict(self.options), **kwargs}
         out, weights = attend(self, query, key, value, attention_mask, **options)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        return getattr(self, layout.outward)(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def _states(self, x: torch.Tensor) -> list[torch.Tensor]:
         """q, k and v as [B, heads, S, head_dim] views of what the projections wrote."""
-        if hasattr(self, "qkv_proj"):
-            kv = self.num_key_value_heads * self.head_dim
-            fused = self.qkv_proj(x)
+        inward = [getattr(self, name) for name in self.layout.inward]
+        head_dim = getattr(self, self.layout.head_dim)
+        if self.layout == _BY_HEAD:
+            return list(inward[0](x).view(*x.shape[:-1], -1, 3 * head_dim).transpose(1, 2).chunk(3, dim=-1))
+        if len(inward) == 1:
+            kv = self.num_key_value_heads * head_dim
+            fused = inward[0](x)
             states = list(fused.split([fused.shape[-1] - 2 * kv, kv, kv], dim=-1))
         else:
-            states = shared_input((self.q_proj, self.k_proj, self.v_proj), x)
-        norms = (getattr(self, "q_norm", None), getattr(self, "k_norm", None), None)
-        for i, norm in enumerate(norms):
-            wide = norm is not None and norm.weight.shape[0] != self.head_dim  # over all heads
+            states = shared_input(inward, x)
+        for i, norm in enumerate([*(getattr(self, name, None) for name in _NORMS), None]):
+            wide = norm is not None and norm.weight.shape[0] != head_dim  # over all heads
             state = norm(states[i]) if wide else states[i]
-            state = state.view(*x.shape[:-1], -1, self.head_dim)
+            state = state.view(*x.shape[:-1], -1, head_dim)
             states[i] = (state if norm is None or wide else norm(state)).transpose(1, 2)
         return states
 
@@ -94,39 +112,39 @@ def _record(module: nn.Module, query, key, value, attention_mask, scaling=1.0, *
 AttentionInterface.register(_PROBE, _record)
 
 
-def _projections(module: nn.Module) -> tuple[str, ...] | None:
-    """The names of the block's products, if it is built like one."""
-    for names in _PROJECTIONS:
-        found = all(isinstance(getattr(module, name, None), nn.Module) for name in names)
-        if found and all(hasattr(module, attribute) for attribute in ("config", "head_dim", "attention_dropout")):
-            return names
+def _layout_of(module: nn.Module) -> Layout | None:
+    """What the block calls its parts, if it is built like one."""
+    for layout in _LAYOUTS:
+        found = all(isinstance(getattr(module, name, None), nn.Module) for name in layout.projections)
+        if found and all(hasattr(module, name) for name in ("config", "attention_dropout", layout.head_dim)):
+            return layout
     return None
 
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
     """Every module that is built like an attention block."""
     for name, module in model.named_modules():
-        names = _projections(module)
-        if names is None:
+        layout = _layout_of(module)
+        if layout is None:
             continue
-        reason = _why_not(module, names)
+        reason = _why_not(module, layout)
         if reason is not None:
             yield Candidate(KIND, name, module, None, reason, None, None)
             continue
-        trial = _Trial(module, names)
+        trial = _Trial(module, layout)
         options, reason = attempt(trial.options)
         if reason is not None:
             yield Candidate(KIND, name, module, None, reason, None, None)
             continue
-        rotates = bool(getattr(module, "use_rope", True))
-        fast = fast_class(FastAttention, type(module), rotates=rotates, options=tuple(sorted(options.items())))
-        signature = (fast, trial.heads, trial.kv_heads, module.head_dim, trial.rotary_dim, trial.dtype)
+        facts = {"rotates": bool(getattr(module, "use_rope", True)), "options": tuple(sorted(options.items()))}
+        fast = fast_class(FastAttention, type(module), layout=layout, **facts)
+        signature = (fast, trial.heads, trial.kv_heads, trial.head_dim, trial.rotary_dim, trial.dtype)
         yield Candidate(
             KIND, name, module, ClassSwap(module, fast), None, signature, functools.partial(trial.prove, fast)
         )
 
 
-def _why_not(module: nn.Module, names: tuple[str, ...]) -> str | None:
+def _why_not(module: nn.Module, layout: Layout) -> str | None:
     if isinstance(module, FastAttention):
         return "already patched"
     own = why_own_forward(module)
@@ -134,7 +152,7 @@ def _why_not(module: nn.Module, names: tuple[str, ...]) -> str | None:
         return own
     if any(parameter.is_meta for parameter in module.parameters()):
         return "it is on the meta device"
-    extra = sorted(name for name, _ in module.named_children() if name not in {*names, "q_norm", "k_norm"})
+    extra = sorted(name for name, _ in module.named_children() if name not in {*layout.projections, *_NORMS})
     return f"it also has {', '.join(extra)}" if extra else None
 
 
@@ -143,25 +161,28 @@ class _Trial:
 
     Args:
         module: the block.
-        names: its projections.
+        layout: what it calls its parts.
     """
 
     width = 24
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...]):
-        self.module, self.names = module, names
-        self.sizes = {name: _out_features(getattr(module, name)) for name in names[:-1]}
-        if "q_proj" in self.sizes:
-            q_size, kv_size = self.sizes["q_proj"], self.sizes["k_proj"]
+    def __init__(self, module: nn.Module, layout: Layout):
+        self.module, self.names, self.head_dim = module, layout.projections, getattr(module, layout.head_dim)
+        self.sizes = {name: _out_features(getattr(module, name)) for name in layout.inward}
+        first = self.sizes[layout.inward[0]]
+        if layout == _BY_HEAD:
+            q_size = kv_size = first // 3
+        elif len(layout.inward) == 1:
+            kv_size = module.num_key_value_heads * self.head_dim
+            q_size = first - 2 * kv_size
         else:
-            kv_size = module.num_key_value_heads * module.head_dim
-            q_size = self.sizes["qkv_proj"] - 2 * kv_size
-        self.heads, self.kv_heads = q_size // module.head_dim, kv_size // module.head_dim
-        self.sizes[names[-1]] = self.width
-        self.inner = dict.fromkeys(names, self.width) | {names[-1]: q_size}
+            q_size, kv_size = first, self.sizes[layout.inward[1]]
+        self.heads, self.kv_heads = q_size // self.head_dim, kv_size // self.head_dim
+        self.sizes[layout.outward] = self.width
+        self.inner = dict.fromkeys(self.names, self.width) | {layout.outward: q_size}
         parameters = [p for p in module.parameters() if p.dtype in FLOATS]
         self.dtype = parameters[0].dtype if parameters else torch.float32
-        self.rotary_dim = module.head_dim
+        self.rotary_dim = self.head_dim
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """x, cos, sin, dout and every parameter at random, exact in the block's dtype."""
@@ -175,7 +196,7 @@ class _Trial:
         found |= {"cos": angle.cos().to(self.dtype), "sin": angle.sin().to(self.dtype)}
         for name in self.names:
             found[f"{name}.weight"] = normal(self.sizes[name], self.inner[name], scale=self.inner[name] ** -0.5)
-        for name in ("q_norm", "k_norm"):
+        for name in _NORMS:
             norm = getattr(self.module, name, None)
             if norm is not None:
                 found |= {f"{name}.{key}": normal(*value.shape) for key, value in norm.named_parameters()}
@@ -209,7 +230,7 @@ class _Trial:
         except RuntimeError:
             # Only a part of a head is rotated: how much, the configuration says.
             parameters = getattr(self.module.config, "rope_parameters", None) or {}
-            self.rotary_dim = int(self.module.head_dim * parameters.get("partial_rotary_factor", 1.0))
+            self.rotary_dim = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0))
             self.run(type(self.module), self.inputs(), seen)
         return {key: value for key, value in seen[-1].items() if key not in ("dropout", "position_ids")}
 
@@ -223,7 +244,7 @@ class _Trial:
         proof = compare(self.run(fast, inputs, seen), original, exact, self.dtype)
         if proof.reason is None and seen[-1] != seen[-2]:
             proof = Proof(proof.error, "it passes other options to the attention")
-        q = inputs["x"].detach().new_zeros(1, self.heads, 7, self.module.head_dim)
+        q = inputs["x"].detach().new_zeros(1, self.heads, 7, self.head_dim)
         cos = inputs["cos"][:1]
         return proof, explain("rope", q, q[:, : self.kv_heads], cos, cos).backend
 

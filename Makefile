@@ -34,7 +34,8 @@ OPS = $(patsubst pyfinetune/ops/%.py,%,$(wildcard pyfinetune/ops/[a-z]*.py))
 OP_TESTS = $(sort $(foreach op,$(OPS),$(wildcard tests/test_$(op)*.py)) tests/test_lora_thin.py tests/test_row_kernels.py)
 # The ops that have Triton kernels, and their tests.
 TRITON_OPS = $(filter $(OPS),$(patsubst kernels/%.py,%,$(wildcard kernels/*.py)))
-TRITON_TESTS = $(sort $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)))
+TRITON_TESTS = $(sort $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py tests/test_kernels_$(op)*.py)) \
+  $(wildcard tests/test_row_kernels_triton.py))
 
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -73,8 +74,9 @@ test-extra: $(VENV)/.installed test-native test-triton
 	  PYFINETUNE_CPU_ISA=$$isa $(BIN)/pytest $(OP_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]; \
 	done
 
+# The interpreter's products are numpy's, whose threads would fight torch's for the cores.
 test-triton: $(VENV)/.installed
-	[ -z "$(TRITON_TESTS)" ] || TRITON_INTERPRET=1 PYFINETUNE_TEST_BACKENDS=triton \
+	[ -z "$(TRITON_TESTS)" ] || TRITON_INTERPRET=1 PYFINETUNE_TEST_BACKENDS=triton OPENBLAS_NUM_THREADS=1 \
 	  $(BIN)/pytest $(TRITON_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 
 compile-report: $(VENV)/.installed

@@ -40,14 +40,14 @@ def compiled(request, pool) -> dict[tuple[str, int], list[Future]]:
         (module, capability): [
             pool.submit(compilations.work, task) for task in compilations.tasks([module], [capability])
         ]
-        for module, capability in wanted(request, "module", "capability")
+        for module, capability in wanted(request, "kernels_of", "capability")
     }
 
 
 @pytest.fixture(scope="module")
 def samples(request, pool) -> dict[str, list[Future]]:
     """The first and the last instance of the modules of the tests that were picked, under way."""
-    ends = {module: list(compilations.tasks([module], [86])) for (module,) in wanted(request, "module")}
+    ends = {module: list(compilations.tasks([module], [86])) for (module,) in wanted(request, "kernels_of")}
     return {
         module: [pool.submit(compilations.work, task) for task in dict.fromkeys(tasks[:1] + tasks[-1:])]
         for module, tasks in ends.items()
@@ -60,16 +60,16 @@ def check(futures: list[Future]) -> None:
     assert all(row.registers > 0 and row.shared_limit == SHARED_BYTES[row.capability] for row in rows)
 
 
-@pytest.mark.parametrize("module", kernel_modules())
-def test_a_sample_compiles_and_fits(samples, module):
-    check(samples[module])
+@pytest.mark.parametrize("kernels_of", kernel_modules())
+def test_a_sample_compiles_and_fits(samples, kernels_of):
+    check(samples[kernels_of])
 
 
 @pytest.mark.slow  # hundreds of kernels, each a second or two
-@pytest.mark.parametrize("module", kernel_modules())
+@pytest.mark.parametrize("kernels_of", kernel_modules())
 @pytest.mark.parametrize("capability", TESTED)
-def test_every_kernel_compiles_and_fits(compiled, module, capability):
-    check(compiled[module, capability])
+def test_every_kernel_compiles_and_fits(compiled, kernels_of, capability):
+    check(compiled[kernels_of, capability])
 
 
 def test_every_kernel_is_among_what_is_compiled():

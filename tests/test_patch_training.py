@@ -97,6 +97,9 @@ def test_accumulation_does_not_change_the_gradient(method, tmp_path):
     quantities = [key for key in parts[0] if key != "logits"]
     exact = {key: sum(s * part[key] for s, part in zip(shares, parts, strict=True)) for key in quantities}
     eager = step(8, patched=False)
+    in_parts = step(1, patched=False)
+    if not all(torch.allclose(in_parts[key], value, rtol=0.01, atol=1e-3) for key, value in eager.items()):
+        pytest.skip("this Trainer weighs accumulated gradients wrongly itself")
     for size in (8, 4, 2, 1):
         ours = step(size)
         assert_close(ours, eager, {key: exact[key] for key in ours}, torch.float32)

@@ -1,8 +1,10 @@
-"""What varlen_attn takes and refuses, and what its native door checks again before it takes a pointer."""
+"""What varlen_attn takes and refuses, what its native door checks again before it takes a pointer, and forks."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -209,3 +211,25 @@ def test_no_write_leaves_the_outputs_and_no_read_the_inputs():
     assert same([guarded.tensor for guarded in results], expected)
     for guarded in results:
         guarded.check()
+
+
+def test_a_forked_child_does_not_hang():
+    """OpenMP's pool does not survive fork: data loaders that call a threaded kernel in a worker hang for ever."""
+    script = (
+        "import os, numpy, torch, pyfinetune as pf\n"
+        "capsule, native = pf._native.capsule, pf._native.native\n"
+        "q, kv, cu = torch.randn(90, 4, 64), torch.randn(90, 2, 64), torch.tensor([0, 30, 90], dtype=torch.int32)\n"
+        "with pf.use_backend('cpu'):\n"
+        "    expected = pf.ops.varlen_attn(q, kv, kv, cu)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    out = torch.from_numpy(numpy.zeros((90, 4, 64), numpy.float32))\n"  # torch's own kernels hang in a child
+        "    lse = torch.from_numpy(numpy.zeros((4, 90), numpy.float32))\n"
+        "    tensors = [capsule(x) for x in (q, kv, kv, cu, cu, out, lse)]\n"
+        "    native.varlen_attn(*tensors, True, 0.125, -1, -1, 0.0, 2)\n"
+        "    os._exit(0 if out.numpy().tobytes() == expected.numpy().tobytes() else 3)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    run = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -258,7 +258,7 @@ def configs(kernel: str, capability: int, width: int = 0) -> list[Config]:
     if kernel == "bias":
         return [Config({"ROWS": 32, "BLOCK": 128}, num_warps=8, shared_bytes=32 * 128 * 4)]
     if kernel == "fwd":
-        block = _power(width, 512, 8192)
+        block = _power(width, 512, 4096 if capability >= 120 else 8192)  # compiled for sm_120, 8192 spill
         return [Config({"ROWS": 1, "BLOCK": block}, num_warps=max(4, block // 512), shared_bytes=4 * block + 1024)]
     block = _power(width, 64, 1024)
     return [Config({"ROWS": 4096 // block, "BLOCK": block}, num_warps=8, shared_bytes=1024)]

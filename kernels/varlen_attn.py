@@ -32,11 +32,11 @@ _LOG2E = math.log2(math.e)
 # registers (64 K of 32 bits to a multiprocessor), then as many stages as shared memory holds.
 # mma (80, 86, 89, 120): a tile of at least head_dim rows has each warp on rows of its own, and p goes from one product
 # into the next in registers; of fewer, the warps share rows and p goes through shared memory.
-# The second of two is for what needs more registers: a window to the left, a softcap, a head_dim that is padded.
+# Those further back are for what needs more registers: a window to the left, a softcap, a head_dim that is padded.
 _MMA = {
     "fwd": {64: [(64, 64, 4, 3)], 128: [(128, 64, 8, 3), (128, 32, 8, 3)], 256: [(64, 32, 8, 2)]},
     "dq": {64: [(64, 64, 4, 2)], 128: [(128, 32, 8, 2)], 256: [(32, 32, 4, 2)]},
-    "dkv": {64: [(32, 64, 4, 2)], 128: [(32, 128, 8, 2), (16, 128, 8, 2)], 256: [(32, 32, 8, 2)]},
+    "dkv": {64: [(32, 64, 4, 2)], 128: [(32, 128, 8, 2), (16, 128, 8, 2), (16, 64, 4, 2)], 256: [(32, 32, 8, 2)]},
 }
 # wgmma (90): operands are read from shared memory, so tiles are larger; four warps take 64 rows.
 _WGMMA = {
@@ -71,8 +71,8 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, c
         sizes = _FLOAT32[size]
     else:
         sizes = _tensor_cores(capability)[kernel][size]
-    crowded |= capability >= 120 and kernel == "dkv"  # compiled for sm_120 the plain one spills, too
-    chosen = sizes[-1 if crowded else 0]
+    tighter = crowded + (capability >= 120 and kernel == "dkv")  # compiled for sm_120 the plain one spills, too
+    chosen = sizes[min(tighter, len(sizes) - 1)]
     return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in (chosen, _SMALLEST)]
 
 

@@ -21,7 +21,7 @@ def name(value):
     return str(value).removeprefix("torch.")
 
 
-def hold_to_the_oracle(backend: str, *sizes, draws: int = 2 if INTERPRETED else 3, **options):
+def hold_to_the_oracle(backend: str, *sizes, draws: int = 3, **options):
     """Several draws are judged together: the largest of a few rounding errors is a matter of luck."""
     ours, theirs, exact = [], [], []
     for _ in range(draws):

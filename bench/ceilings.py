@@ -18,15 +18,18 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def yardstick(rate: str, device: torch.device) -> tuple[Callable[[], object], float]:
+def yardstick(
+    rate: str, device: torch.device, copy_bytes: int | None = None, gemm_size: int | None = None
+) -> tuple[Callable[[], object], float]:
     """A call that shows one of the `RATES`, and its work: 1e9 bytes read and written, or 1e9 operations."""
     if rate == COPY:
-        source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+        source = torch.ones(copy_bytes or _COPY_BYTES, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
-        return lambda: target.copy_(source), 2 * _COPY_BYTES / 1e9
-    a = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(torch.bfloat16 if rate == GEMM_BF16 else torch.float32)
+        return lambda: target.copy_(source), 2 * source.numel() / 1e9
+    size = gemm_size or _GEMM_SIZE
+    a = torch.randn(size, size, device=device).to(torch.bfloat16 if rate == GEMM_BF16 else torch.float32)
     out = torch.empty_like(a)
-    return lambda: torch.mm(a, a.T, out=out), 2 * _GEMM_SIZE**3 / 1e9
+    return lambda: torch.mm(a, a.T, out=out), 2 * size**3 / 1e9
 
 
 def _best(call, sync, rounds: int) -> float:

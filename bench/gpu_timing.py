@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from pyfinetune.bench.ceilings import COPY, GEMM_BF16, GEMM_FP32, cache_bytes
-from pyfinetune.bench.harness import OURS, Case, Setup, floor_seconds, saved_bytes
+from pyfinetune.bench.ceilings import RATES, cache_bytes, synchronizer, yardstick
+from pyfinetune.bench.harness import OURS, Case, Setup, floor_seconds, saved_bytes, summary
 from pyfinetune.ops._op import Op
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
@@ -34,14 +34,11 @@ class GpuCase(Case):
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
     """Copy and GEMM rates of torch's own kernels, as `bench.ceilings` names them, on operands that fill a GPU."""
-    size, count = (512, 1 << 20) if quick else (8192, 1 << 30)
-    source = torch.ones(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    rates = {COPY: 2 * count / 1e9 / best(lambda: target.copy_(source), device)}
-    for rate, dtype in ((GEMM_BF16, torch.bfloat16), (GEMM_FP32, torch.float32)):
-        a = torch.randn(size, size, device=device).to(dtype)
-        out = torch.empty_like(a)
-        rates[rate] = 2 * size**3 / 1e9 / best(lambda a=a, out=out: torch.mm(a, a.T, out=out), device)
+    sizes = (1 << 20, 512) if quick else (1 << 30, 8192)
+    rates = {}
+    for rate in RATES:
+        call, work = yardstick(rate, device, *sizes)
+        rates[rate] = work / best(call, device)
     return rates
 
 
@@ -77,7 +74,7 @@ class _Clock:
 
 def _host_seconds(call: Callable[[int], object], device: torch.device) -> tuple[float, float]:
     """(seconds until the host has handed the call over, seconds until it is done), after a call to warm up."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = synchronizer(device)
     call(0)
     synchronize()
     call(1)
@@ -154,11 +151,6 @@ def _judged(setup: Setup, name: str, device: torch.device) -> dict[str, Any]:
         return {"ok": False, "detail": f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"}
 
 
-def _quartiles(seconds: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles([s * 1e3 for s in seconds], n=4, method="inclusive")
-    return {"ms": middle, "ms_q1": low, "ms_q3": high, "rounds": len(seconds)}
-
-
 def measure(case: Case, device: torch.device, rates: Mapping[str, float], seconds: float) -> dict[str, Any]:
     """Check and time one case.
 
@@ -180,7 +172,7 @@ def measure(case: Case, device: torch.device, rates: Mapping[str, float], second
         results = {OURS: ours} | {name: _judged(setup, name, device) for name in setup.calls if name != OURS}
         right = {name: setup.calls[name] for name, result in results.items() if result["ok"]}
         for name, taken in interleave(right, seconds, device).items():
-            results[name] |= _quartiles(taken)
+            results[name] |= summary(taken)
         for name, call in right.items():
             results[name]["wall_ms"] = 1e3 * min(_host_seconds(call, device)[1] for _ in range(3))
         forward = {name: _ignoring(setup.forward[name]) for name in right if name in setup.forward}

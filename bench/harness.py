@@ -188,7 +188,8 @@ def floor_seconds(case: Case, ceilings: Mapping[str, float]) -> dict[str, float]
     return {gemm: case.flops / (ceilings[gemm] * 1e9), COPY: case.bytes / (ceilings[COPY] * 1e9)}
 
 
-def _summary(seconds: list[float]) -> dict[str, float]:
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds, and of how many."""
     milliseconds = [s * 1e3 for s in seconds]
     low, middle, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return {"ms": middle, "ms_q1": low, "ms_q3": high, "rounds": len(milliseconds)}
@@ -226,7 +227,7 @@ def measure(case: Case, device: torch.device, ceilings: Mapping[str, float], sec
             times = interleave(right, seconds, synchronizer(device), machine=machine)
             floor *= ceilings[bound] * statistics.median(times.pop(MACHINE)) / work
             for name, taken in times.items():
-                results[name] |= _summary(taken)
+                results[name] |= summary(taken)
     return {
         "op": case.op,
         "case": case.name,

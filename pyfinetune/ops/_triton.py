@@ -13,7 +13,7 @@ import torch
 
 from pyfinetune.ops._checks import FLOATS, tensors_why_not
 
-LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 and asynchronous copies
+LEAST_CAPABILITY = 80  # Ampere: bfloat16 and asynchronous copies
 
 
 def interpreted() -> bool:
@@ -35,18 +35,13 @@ def triton_why_not(*tensors: torch.Tensor | None) -> str | None:
         return "triton is not installed"
     if interpreted():
         return None
-    capability = _capability(next(tensor.device for tensor in tensors if tensor is not None))
-    return None if capability >= LEAST_CAPABILITY else f"the GPU is sm_{capability[0]}{capability[1]}, needs sm_80"
+    capability = kernels("config").capability_of(next(tensor for tensor in tensors if tensor is not None))
+    return None if capability >= LEAST_CAPABILITY else f"the GPU is sm_{capability}, needs sm_{LEAST_CAPABILITY}"
 
 
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def kernels(stem: str) -> ModuleType:

@@ -54,6 +54,11 @@ def compare(script: Path, arguments: list[str], rounds: int) -> dict[str, Any]:
             ways[name]["losses"] = ways[name]["losses"] or found["losses"]
             ways[name]["rates"].append(found["rate"])
     ratio = statistics.median(ways[OURS]["rates"]) / statistics.median(ways[PLAIN]["rates"])
+    counts = [len(way["losses"]) for way in ways.values()]
+    if counts[0] != counts[1] or not counts[0]:
+        raise UserError(
+            f"{script}: {counts[0]} losses as it is and {counts[1]} patched, needs as many, and one at least"
+        )
     gap = max(abs(a - b) for a, b in zip(ways[PLAIN]["losses"], ways[OURS]["losses"], strict=True))
     return {**ways, "ratio": ratio, "loss_gap": gap}
 
@@ -66,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     args, arguments = parser.parse_known_args(argv)
     try:
+        if args.rounds < 1:
+            raise UserError(f"--rounds {args.rounds}: needs 1 at least")
+        if args.json is not None and not args.json.resolve().parent.is_dir():  # before the minutes, not after
+            raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
         found = compare(args.script, arguments, args.rounds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -59,6 +59,23 @@ def test_both_ways_take_turns(monkeypatch, tmp_path, capsys):
     assert "ratio 2.36x; losses differ by at most 0.25" in capsys.readouterr().out
 
 
+def test_bad_arguments_cost_no_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare_scripts, "run_once", lambda *args, **kwargs: pytest.fail("it ran"))
+    assert compare_scripts.main(["--rounds", "0"]) == 2
+    assert "--rounds 0: needs 1 at least" in capsys.readouterr().err
+    assert compare_scripts.main(["--json", str(tmp_path / "none" / "found.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_runs_of_other_lengths_cannot_be_compared(monkeypatch):
+    def run_once(script, arguments, patched):
+        return {"losses": [1.0] * (2 - patched), "rate": 1.0}
+
+    monkeypatch.setattr(compare_scripts, "run_once", run_once)
+    with pytest.raises(UserError, match="2 losses as it is and 1 patched"):
+        compare_scripts.compare(Path("script.py"), [], 1)
+
+
 @pytest.mark.slow
 def test_an_sft_script_has_the_same_losses():
     """TRL's trainer, packed rows, bfloat16: as far apart as one rounding to bfloat16 of the loss."""

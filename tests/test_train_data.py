@@ -8,8 +8,9 @@ import json
 import pytest
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.data import Row, hash_files, hash_rows, load_dataset_rows, load_rows, split_rows
+from pyfinetune.train.data import Row, hash_files, hash_rows, load_dataset_rows, load_rows
 from pyfinetune.train.formats import recognise, to_examples
+from pyfinetune.train.splits import split_rows
 
 PAIR = {"prompt": "1+1=", "completion": "2"}
 
@@ -232,8 +233,8 @@ def test_a_row_at_fault_is_named(good, bad, message):
 
 def test_unknown_columns_list_what_is_there_and_how_to_map_them():
     with pytest.raises(UserError) as caught:
-        to_examples([Row({"dialogue": "a", "summary": "b"}, "f.jsonl", 1)])
-    assert "'dialogue', 'summary'" in caught.value.message
+        to_examples([Row({"ask": "a", "reply": "b"}, "f.jsonl", 1)])
+    assert "'ask', 'reply'" in caught.value.message
     assert "columns:" in caught.value.fix
     with pytest.raises(UserError, match="Alpaca but for 'output'"):
         to_examples([Row({"instruction": "a", "input": ""}, "f.jsonl", 1)])

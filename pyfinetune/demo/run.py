@@ -162,7 +162,7 @@ def _given_data(settings: Settings) -> Any:
         return None
     from pyfinetune.train import run
     from pyfinetune.train.config import parse_config
-    from pyfinetune.train.data import split_rows
+    from pyfinetune.train.splits import split_rows
 
     values = {"model_name_or_path": settings.base, "train_file": settings.data, "output_dir": settings.output_dir}
     data = run.read_data(parse_config(values, source="demo"))

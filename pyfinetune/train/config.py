@@ -14,11 +14,25 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pyfinetune.errors import UserError
 
 Method = Literal["lora", "qlora", "full"]
+Task = Literal[
+    "auto",
+    "sft",
+    "pretrain",
+    "classification",
+    "token_classification",
+    "question_answering",
+    "summarization",
+    "translation",
+]
+# What `clean:` can drop; without it these rows are errors (the first three) or are reported.
+CleanKind = Literal["missing", "empty", "roles", "mojibake", "duplicate", "near_duplicate", "leak"]
+# A path, several, or a name to a path: line-aligned columns, or, for classification, a file for each label.
+Files = str | list[str] | dict[str, str]
 
 # Values that have a key of their own, so that one run has one answer to "where does it write, and from which seed".
 _OWNED_BY_CONFIG = {
@@ -31,7 +45,82 @@ _OWNED_BY_CONFIG = {
 }
 
 
-class RunConfig(BaseModel):
+class Source(BaseModel):
+    """Where rows come from: files, or a dataset's name, with what their columns mean.
+
+    Example:
+        >>> Source(train_file=["a.jsonl", "b.jsonl"]).train_files
+        ['a.jsonl', 'b.jsonl']
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    train_file: Files | None = None
+    validation_file: Files | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
+    task: Task = "auto"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError("give exactly one of train_file (a path) and dataset_name (a dataset's name or folder)")
+        for key in ("dataset_config_name", "dataset_test_split"):
+            if getattr(self, key) is not None and self.dataset_name is None:
+                raise ValueError(f"{key} belongs to dataset_name, which is not set")
+        if self.validation_file is not None and self.dataset_test_split is not None:
+            raise ValueError("give validation_file or dataset_test_split, not both: each decides what is held out")
+        return self
+
+    @property
+    def train_files(self) -> list[str]:
+        """Paths of the training files, in order."""
+        return as_paths(self.train_file)
+
+    @property
+    def validation_files(self) -> list[str]:
+        """Paths of the held-out files, in order; empty when something else or nothing is held out."""
+        return as_paths(self.validation_file)
+
+    @property
+    def label(self) -> str:
+        """What to call it in a message."""
+        return self.dataset_name or ", ".join(self.train_files)
+
+
+class WeightedSource(Source):
+    """One of several sources, with its part in the mixture.
+
+    Example:
+        >>> WeightedSource(train_file="a.jsonl", weight=2).weight
+        2.0
+    """
+
+    weight: float | None = Field(default=None, gt=0)
+
+
+class Replay(Source):
+    """An older source, of which a share is mixed in so that it is not forgotten.
+
+    Example:
+        >>> Replay(train_file="old.jsonl", share=0.1).share
+        0.1
+    """
+
+    share: float = Field(gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _trained_only(self) -> Replay:
+        if self.validation_file is not None or self.dataset_test_split is not None:
+            raise ValueError("replay is trained on only; hold rows out of the other sources")
+        return self
+
+
+class RunConfig(Source):
     """One fine-tuning run, as its YAML file describes it.
 
     Example:
@@ -39,19 +128,18 @@ class RunConfig(BaseModel):
         'lora'
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
     model_name_or_path: str
     output_dir: str
-    train_file: str | list[str] | None = None
-    validation_file: str | list[str] | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    test_size: float | int | None = Field(default=None, gt=0)
-    columns: dict[str, str] = Field(default_factory=dict)
-    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
 
-    task: Literal["auto", "sft", "pretrain"] = "auto"
+    sources: list[WeightedSource] | None = Field(default=None, min_length=1)
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    replay: Replay | None = None
+    test_file: Files | None = None
+    test_size: float | int | None = Field(default=None, gt=0)
+    validation_size: float | int | None = Field(default=None, gt=0)
+    group_column: str | None = None
+    clean: list[CleanKind] = Field(default_factory=list)
+
     method: Method = "lora"
     max_length: int = Field(default=1024, ge=2)
     packing: bool = False
@@ -76,33 +164,50 @@ class RunConfig(BaseModel):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("clean", mode="before")
+    @classmethod
+    def _kinds(cls, value: Any) -> Any:
+        if value == "all":
+            return list(get_args(CleanKind))
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> RunConfig:
+        if self.sources is None:
+            super()._one_origin()
+            return self
+        if self.train_file is not None or self.dataset_name is not None:
+            raise ValueError("give exactly one of train_file, dataset_name and sources")
+        for key in ("validation_file", "dataset_config_name", "dataset_test_split", "columns"):
+            if getattr(self, key):
+                raise ValueError(f"{key} stands inside each of the sources, not beside them")
+        return self
+
     @model_validator(mode="after")
     def _keys_agree(self) -> RunConfig:
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ValueError("give exactly one of train_file (a path) and dataset_name (a dataset's name or folder)")
-        if self.validation_file is not None and self.test_size is not None:
+        given = any(s.validation_file is not None or s.dataset_test_split is not None for s in self.origins)
+        if given and self.test_size is not None:
             raise ValueError("give validation_file or test_size, not both: each decides what is held out")
-        if isinstance(self.test_size, float) and self.test_size >= 1:
-            raise ValueError(
-                f"test_size is {self.test_size}; a fraction lies between 0 and 1, a row count has no point"
-            )
-        held_out = self.validation_file is not None or self.test_size is not None
+        if given and self.validation_size is not None:
+            raise ValueError("give validation_file or validation_size, not both: each decides what is held out")
+        if self.test_file is not None and self.test_size is not None:
+            raise ValueError("give test_file or test_size, not both: each decides what the test rows are")
+        for key in ("test_size", "validation_size"):
+            size = getattr(self, key)
+            if isinstance(size, float) and size >= 1:
+                raise ValueError(f"{key} is {size}; a fraction lies between 0 and 1, a row count has no point")
+        split = self.test_size is not None or self.validation_size is not None
+        if self.group_column is not None and not split:
+            raise ValueError("group_column says how rows are parted; add test_size (for example 0.1)")
         for key in ("early_stopping_patience", "eval_steps"):
-            if getattr(self, key) is not None and not held_out:
+            if getattr(self, key) is not None and not (given or split):
                 raise ValueError(f"{key} needs held-out rows; add validation_file or test_size (for example 0.1)")
-        if self.dataset_config_name is not None and self.dataset_name is None:
-            raise ValueError("dataset_config_name belongs to dataset_name, which is not set")
         return self
 
     @property
-    def train_files(self) -> list[str]:
-        """Paths of the training files, in order."""
-        return _as_list(self.train_file)
-
-    @property
-    def validation_files(self) -> list[str]:
-        """Paths of the held-out files, in order; empty when `test_size` or nothing is held out."""
-        return _as_list(self.validation_file)
+    def origins(self) -> list[Source]:
+        """The sources of a run: those under `sources:`, or the one that stands at the top."""
+        return list(self.sources) if self.sources is not None else [self]
 
 
 class _Loader(yaml.SafeLoader):
@@ -246,10 +351,24 @@ def config_digest(config: RunConfig) -> dict[str, Any]:
     return json.loads(config.model_dump_json())
 
 
-def _as_list(value: str | list[str] | None) -> list[str]:
-    if value is None:
+def as_paths(files: Files | None) -> list[str]:
+    """The paths of a key that takes one, several or named files.
+
+    Args:
+        files: the key's value.
+
+    Returns:
+        The paths, in order.
+
+    Example:
+        >>> as_paths({"de": "a.de", "en": "a.en"})
+        ['a.de', 'a.en']
+    """
+    if files is None:
         return []
-    return [value] if isinstance(value, str) else list(value)
+    if isinstance(files, dict):
+        return list(files.values())
+    return [files] if isinstance(files, str) else list(files)
 
 
 def _training_argument_names() -> set[str]:
@@ -278,11 +397,24 @@ def _unknown_key(key: str, source: str) -> UserError:
 
 def _value_error(error: ValidationError, content: dict[str, Any], source: str) -> UserError:
     problem = error.errors(include_url=False)[0]
-    key = str(problem["loc"][0]) if problem["loc"] else ""
+    # A union's branches stand in the place as words of pydantic's own, such as `list[str]`.
+    place = [p for p in problem["loc"] if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float"))]
+    key = _dotted(place)
     if problem["type"] == "missing":
-        return UserError(f"{source}: {key} is missing", fix=f"add a line `{key}: ...`")
+        return UserError(f"{source}: {key} is missing", fix=f"add a line `{place[-1]}: ...`")
+    if problem["type"] == "extra_forbidden":
+        known = (Replay if place[0] == "replay" else WeightedSource).model_fields
+        fix = _nearest(str(place[-1]), known) or f"the known keys are {', '.join(known)}"
+        return UserError(f"{source}: {_dotted(place[:-1])}: unknown key '{place[-1]}'", fix=fix)
     reason = problem["msg"].removeprefix("Value error, ")
     if not key:
         return UserError(f"{source}: {reason}", fix=f"edit {source}")
-    given = content.get(key)
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return UserError(f"{source}: {key}: {reason}", fix=f"edit {source}")
+    given = problem["input"] if len(place) > 1 else content.get(key)
     return UserError(f"{source}: {key}: {given!r} will not do: {reason}", fix=f"correct the value of {key}")
+
+
+def _dotted(place: list[Any]) -> str:
+    """`sources: entry 2: weight`, as a person counts."""
+    return ": ".join(f"entry {part + 1}" if isinstance(part, int) else str(part) for part in place)

@@ -1,4 +1,4 @@
-"""Files into rows: JSON, JSONL, CSV, TSV, Parquet and plain text, each row knowing the file and number it came from.
+"""Files into rows: JSON, JSONL, CSV, TSV, Parquet, CoNLL and plain text, each knowing the file and number it came from.
 
 Path -> `load_rows` -> list of `Row` -> `formats.to_examples`. A broken file or row is an error naming both.
 """
@@ -10,12 +10,12 @@ import gzip
 import hashlib
 import io
 import json
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pyfinetune.errors import UserError
 
@@ -29,8 +29,11 @@ _KINDS = {
     ".txt": "text",
     ".text": "text",
     ".md": "text",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
 }
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Row:
     Args:
         fields: column name to value.
         file: the file it came from, for messages.
-        number: 1-based row number in that file (for JSONL the line).
+        number: 1-based row number in that file (for JSONL the line, for CoNLL the sentence).
     """
 
     fields: dict[str, Any]
@@ -80,6 +83,58 @@ def load_rows(paths: Sequence[str], sample_by: str = "auto") -> list[Row]:
     return rows
 
 
+def load_aligned_rows(files: Mapping[str, str]) -> list[Row]:
+    """Read text files whose lines belong together, such as a text and its translation.
+
+    Args:
+        files: column name to path; line n of every file makes row n. A further `.gz` is unpacked.
+
+    Returns:
+        The rows, in line order, empty lines included.
+
+    Raises:
+        UserError: a file is missing, empty or not UTF-8, or the files have different numbers of lines.
+
+    Example:
+        >>> load_aligned_rows({"source": "a.de", "target": "a.en"})[0].fields["target"]  # doctest: +SKIP
+        'Two men outside.'
+    """
+    columns = {name: _lines(Path(path)) for name, path in files.items()}
+    counts = {name: len(lines) for name, lines in columns.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{files[name]} has {count:,} lines" for name, count in counts.items())
+        raise UserError(f"the files do not belong together line by line: {listed}", fix="give files of equal length")
+    place = " + ".join(files.values())
+    return [
+        Row(dict(zip(columns, values, strict=True)), place, number)
+        for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
+    ]
+
+
+def load_labelled_rows(files: Mapping[str, str]) -> list[Row]:
+    """Read text files that hold one class each, a text a line.
+
+    Args:
+        files: label to path.
+
+    Returns:
+        Rows with the columns `text` and `label`, file after file; empty lines are left out.
+
+    Raises:
+        UserError: a file is missing, empty or not UTF-8.
+
+    Example:
+        >>> load_labelled_rows({"pos": "good.txt", "neg": "bad.txt"})[0].fields["label"]  # doctest: +SKIP
+        'pos'
+    """
+    return [
+        Row({"text": line, "label": label}, path, number)
+        for label, path in files.items()
+        for number, line in enumerate(_lines(Path(path)), start=1)
+        if line.strip()
+    ]
+
+
 def load_dataset_rows(name: str, config_name: str | None = None, split: str = "train") -> list[Row]:
     """Read every row of a split of a dataset known to the `datasets` library.
 
@@ -89,7 +144,7 @@ def load_dataset_rows(name: str, config_name: str | None = None, split: str = "t
         split: the split to read.
 
     Returns:
-        The rows, in the dataset's order.
+        The rows, in the dataset's order; numbers that stand for classes become the classes' names.
 
     Raises:
         UserError: the dataset or the split is not there, or needs code of its own.
@@ -110,38 +165,14 @@ def load_dataset_rows(name: str, config_name: str | None = None, split: str = "t
             f"dataset_name: {name!r} (split {split!r}) cannot be loaded: {reason}",
             fix="check the name, or download the files and name them under train_file",
         ) from error
-    return [Row(dict(fields), f"{name} ({split})", number) for number, fields in enumerate(dataset, start=1)]
-
-
-def split_rows(rows: Sequence[_Item], test_size: float | int, seed: int) -> tuple[list[_Item], list[_Item]]:
-    """Part rows into training and held-out rows, the same way for the same seed.
-
-    Args:
-        rows: the rows to part.
-        test_size: the held-out share (a float below 1) or their number (an int).
-        seed: decides which rows are held out.
-
-    Returns:
-        Training rows and held-out rows, each in the original order.
-
-    Raises:
-        UserError: the split would leave one of the two empty.
-
-    Example:
-        >>> [len(part) for part in split_rows(range(10), 0.2, seed=0)]
-        [8, 2]
-    """
-    held = round(len(rows) * test_size) if isinstance(test_size, float) else test_size
-    if isinstance(test_size, float):
-        held = max(held, 1)
-    if held >= len(rows):
-        raise UserError(
-            f"test_size: {test_size} of {len(rows)} rows leaves none to train on",
-            fix="lower test_size, add rows, or (for plain text) set sample_by: line or paragraph",
-        )
-    chosen = set(random.Random(seed).sample(range(len(rows)), held))
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
+    if not len(dataset):
+        raise UserError(f"dataset_name: {name!r} (split {split!r}) holds no rows", fix="name another split")
+    named = {column: feature for column, feature in dataset.features.items() if _class_names(feature)}
+    rows = []
+    for number, fields in enumerate(dataset, start=1):
+        fields = {column: _class_name(named.get(column), value) for column, value in fields.items()}
+        rows.append(Row(fields, f"{name} ({split})", number))
+    return rows
 
 
 def hash_files(paths: Iterable[str | Path]) -> str:
@@ -184,10 +215,40 @@ def hash_rows(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, sample_by: str) -> Iterator[Row]:
+def _class_names(feature: Any) -> Any:
+    """The names behind a column of class numbers, or of lists of them; None for any other column."""
+    inner = getattr(feature, "feature", feature)
+    return getattr(inner, "names", None)
+
+
+def _class_name(feature: Any, value: Any) -> Any:
+    if feature is None or value is None:
+        return value
+    names = _class_names(feature)
+    if isinstance(value, list):
+        return [names[number] for number in value]
+    return names[value] if value >= 0 else None  # a hidden label is -1
+
+
+def _existing(path: Path) -> Path:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder", fix=f"set dataset_name: {path}, which reads a folder's data files")
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}", fix=f"correct the path (looked at {path.absolute()})")
+        raise UserError(f"{path}: no such file", fix=f"correct the path (looked at {path.absolute()})")
+    return path
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.removesuffix("\r") for line in _read_text(_existing(path)).split("\n")]
+    if not lines[-1]:
+        lines.pop()
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: holds no rows", fix="give a file with at least one row")
+    return lines
+
+
+def _read(path: Path, sample_by: str) -> Iterator[Row]:
+    _existing(path)
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     kind = _KINDS.get(plain.suffix.lower())
     if kind is None:
@@ -202,6 +263,8 @@ def _read(path: Path, sample_by: str) -> Iterator[Row]:
     if kind == "text":
         for number, piece in enumerate(_split_text(text, sample_by), start=1):
             yield Row({"text": piece}, str(path), number)
+    elif kind == "conll":
+        yield from _read_conll(path, text)
     elif kind in ("csv", "tsv"):
         yield from _read_csv(path, text, "\t" if kind == "tsv" else ",")
     elif kind == "jsonl" or not text.lstrip().startswith("["):  # many files called .json hold one object a line
@@ -253,6 +316,9 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="\0extra", strict=True)
     number = 0
     try:
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise UserError(f"{path}: the column {twice[0]!r} is there twice", fix="rename or remove one of the two")
         for number, fields in enumerate(reader, start=1):
             if "\0extra" in fields or None in fields.values():
                 wanted = len(reader.fieldnames or ())
@@ -267,6 +333,26 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
             f"{path}, row {number + 1} (line {reader.reader.line_num}): broken CSV: {error}",
             fix="correct the quotes there",
         ) from None
+
+
+def _read_conll(path: Path, text: str) -> Iterator[Row]:
+    """One token a line, its tag in the last column, an empty line after each sentence."""
+    number, tokens, tags = 1, [], []
+    for line_number, line in enumerate([*text.split("\n"), ""], start=1):
+        line = line.removesuffix("\r")
+        cells = line.split("\t") if "\t" in line else line.split()
+        if not line.strip():
+            if tokens:
+                yield Row({"tokens": tokens, "tags": tags}, str(path), number)
+                number, tokens, tags = number + 1, [], []
+        elif len(cells) < 2 or not cells[0].strip() or not cells[-1].strip():
+            raise UserError(
+                f"{path}, row {number} (line {line_number}): {line!r} is not a token and its tag",
+                fix="write the token, a tab and the tag on each line, and an empty line after each sentence",
+            )
+        elif cells[0] != "-DOCSTART-":
+            tokens.append(cells[0])
+            tags.append(cells[-1].strip())
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Rows into examples: Alpaca, prompt/completion, chat messages and raw text, told apart by their columns.
+"""Rows into examples: instructions, chats, texts and the tasks' rows, told apart by their columns.
 
 `data.load_rows` -> `to_examples` -> list of `Example` -> `tokenizing.tokenize`. The first row decides the format; a
 later row that lacks its fields, leaves its answer empty, or has another format is an error naming the row.
@@ -6,35 +6,81 @@ later row that lacks its fields, leaves its answer empty, or has another format 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.data import Row
+from pyfinetune.train.tasks import RENDER, Unfit, with_context
 
 Message = dict[str, Any]
 
 # The columns that make a format, the richest first: a row with several is read as the first that fits.
-_FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
+_FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "conversations": (("conversations",),),
+    "prompt_completion": (("prompt", "completion"),),
+    "alpaca": (("instruction", "output"),),
+    "dolly": (("instruction", "response"),),
+    "gpt4all": (("prompt", "response"),),
+    "question_answering": (("question", "answer"), ("question", "answers")),
+    "summarization": (
+        ("dialogue", "summary"),
+        ("document", "summary"),
+        ("article", "highlights"),
+        ("article", "summary"),
+        ("text", "summary"),
+    ),
+    "translation": (("translation",), ("source", "target")),
+    "token_classification": (("tokens", "tags"), ("tokens", "ner_tags")),
+    "classification": (("text", "label"), ("sentence", "label")),
+    "text": (("text",),),
 }
 _NAMES = {
     "messages": "chat messages",
     "conversations": "chat messages (ShareGPT)",
     "prompt_completion": "prompt/completion",
     "alpaca": "Alpaca",
+    "dolly": "instruction/response (Dolly)",
+    "gpt4all": "prompt/response (GPT4All)",
+    "question_answering": "question/answer",
+    "summarization": "text/summary",
+    "translation": "source/target",
+    "token_classification": "tokens/tags",
+    "classification": "text/label",
     "text": "raw text",
 }
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 _HOW = (
     "name columns as instruction/output (Alpaca), prompt/completion, messages, or text; "
     "or map yours, for example `columns: {prompt: question, completion: answer}`"
 )
+
+
+class RowFault(UserError):
+    """One row that cannot be learned from.
+
+    Args:
+        kind: `missing`, `empty` or `roles`, which `clean:` can drop, or `wrong`, which it cannot.
+        message: what is wrong, with file and row.
+        fix: what mends it.
+    """
+
+    def __init__(self, kind: str, message: str, fix: str):
+        drop = "" if kind == "wrong" else f", or leave such rows out with clean: [{kind}]"
+        super().__init__(message, f"{fix}{drop}")
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -43,10 +89,11 @@ class Example:
 
     Args:
         place: file and row number.
-        format: `alpaca`, `prompt_completion`, `messages`, `conversations` or `text`.
+        format: what `recognise` said of the row.
         messages: the conversation, with roles `system`, `user`, `assistant`, ...; empty for raw text.
         text: the raw text; empty for a conversation.
         tools: tool descriptions handed to the chat template, or None.
+        fields: of a task's row its columns, for a model with a head of its own; empty for the other formats.
     """
 
     place: str
@@ -54,14 +101,22 @@ class Example:
     messages: list[Message] = field(default_factory=list)
     text: str = ""
     tools: list[Any] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def to_examples(rows: Sequence[Row], columns: dict[str, str] | None = None) -> list[Example]:
+def to_examples(
+    rows: Sequence[Row],
+    columns: dict[str, str] | None = None,
+    task: str = "auto",
+    on_fault: Callable[[int, RowFault], None] | None = None,
+) -> list[Example]:
     """Recognise the rows' format and bring each row into it.
 
     Args:
         rows: the rows, all of one format.
         columns: known column name to the name it has in the file, for files that use other names.
+        task: `auto`, or the task that the rows have to fit; `pretrain` reads only the column `text`.
+        on_fault: called with the index and the fault of each row that is left out; None raises the first.
 
     Returns:
         One example a row, in order.
@@ -78,55 +133,88 @@ def to_examples(rows: Sequence[Row], columns: dict[str, str] | None = None) -> l
     if not rows:
         return []
     rows = [_renamed(row, columns or {}) for row in rows]
-    expected = recognise(rows[0])
+    first = next((row for row in rows if _format_of(row, task)), rows[0]) if on_fault else rows[0]
+    expected = recognise(first, task)
     examples = []
-    for row in rows:
-        missing = [name for name in _FORMATS[expected] if row.fields.get(name) is None]
-        if missing:
-            other = _format_of(row)
-            if other is not None and other != expected:
-                raise UserError(
-                    f"{row.place}: is {_NAMES[other]}, but {rows[0].place} is {_NAMES[expected]}",
-                    fix="give one format in one run: convert these rows, or train on them separately",
-                )
-            raise UserError(
-                f"{row.place}: has no '{missing[0]}' (its columns: {_listed(row)})",
-                fix=f"every {_NAMES[expected]} row needs {' and '.join(_FORMATS[expected])}; fill in or remove the row",
-            )
-        examples.append(_CONVERT[expected](row))
+    for index, row in enumerate(rows):
+        try:
+            examples.append(_converted(row, expected, first, task))
+        except RowFault as fault:
+            if on_fault is None:
+                raise
+            on_fault(index, fault)
     return examples
 
 
-def recognise(row: Row) -> str:
+def recognise(row: Row, task: str = "auto") -> str:
     """The format of a row, by its columns.
 
     Args:
         row: any row of the file.
+        task: `auto`, or the task that the row has to fit.
 
     Returns:
-        `alpaca`, `prompt_completion`, `messages`, `conversations` or `text`.
+        `alpaca`, `prompt_completion`, `messages`, `classification`, `text`, ...
 
     Raises:
-        UserError: no format fits.
+        UserError: no format fits, or not the task's.
 
     Example:
         >>> recognise(Row({"text": "once upon a time"}, "a.txt", 1))
         'text'
     """
-    found = _format_of(row)
-    if found is None:
-        partly = [
-            (name, [c for c in wanted if c not in row.fields])
-            for name, wanted in _FORMATS.items()
-            if any(c in row.fields for c in wanted)
-        ]
-        hint = f" ({_NAMES[partly[0][0]]} but for '{partly[0][1][0]}')" if partly and partly[0][1] else ""
-        raise UserError(f"{row.place}: no known format has the columns {_listed(row)}{hint}", fix=_HOW)
-    return found
+    found = _format_of(row, task)
+    if found is not None:
+        return found
+    other = _format_of(row)
+    if other is not None:
+        fitting = {"text": "pretrain"}.get(other, other if other in RENDER else "sft")
+        kind = "raw text" if other == "text" else f"{_NAMES[other]}: prompts with answers"
+        raise UserError(
+            f"task: {task} does not fit {row.place}, which is {kind}", fix=f"set task: {fitting}, or leave it out"
+        )
+    partly = [
+        (name, [c for c in wanted if c not in row.fields])
+        for name, alternatives in _FORMATS.items()
+        for wanted in alternatives
+        if any(c in row.fields for c in wanted)
+    ]
+    hint = f" ({_NAMES[partly[0][0]]} but for '{partly[0][1][0]}')" if partly and partly[0][1] else ""
+    raise UserError(f"{row.place}: no known format has the columns {_listed(row)}{hint}", fix=_HOW)
 
 
-def _format_of(row: Row) -> str | None:
-    return next((name for name, wanted in _FORMATS.items() if all(row.fields.get(c) is not None for c in wanted)), None)
+def _fits(name: str, task: str) -> bool:
+    if task == "sft":
+        return name != "text"
+    return task == "auto" or name == ("text" if task == "pretrain" else task)
+
+
+def _format_of(row: Row, task: str = "auto") -> str | None:
+    return next((name for name in _FORMATS if _fits(name, task) and _columns_of(row, name)), None)
+
+
+def _columns_of(row: Row, name: str) -> tuple[str, ...] | None:
+    """The columns by which a row has a format, filled; None where it has not."""
+    return next((c for c in _FORMATS[name] if all(row.fields.get(column) is not None for column in c)), None)
+
+
+def _converted(row: Row, expected: str, first: Row, task: str) -> Example:
+    if _columns_of(row, expected) is None:
+        other = _format_of(row, task)
+        if other is not None and other != expected:
+            raise RowFault(
+                "wrong",
+                f"{row.place}: is {_NAMES[other]}, but {first.place} is {_NAMES[expected]}",
+                "give one format in one file: convert these rows, or name two files under sources:",
+            )
+        wanted = _columns_of(first, expected) or _FORMATS[expected][0]
+        missing = next(name for name in wanted if row.fields.get(name) is None)
+        raise RowFault(
+            "missing",
+            f"{row.place}: has no '{missing}' (its columns: {_listed(row)})",
+            f"every {_NAMES[expected]} row needs {' and '.join(wanted)}; fill in or remove the row",
+        )
+    return _CONVERT[expected](row)
 
 
 def _listed(row: Row) -> str:
@@ -149,24 +237,55 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
 
 def _string(row: Row, name: str, value: Any, *, filled: bool) -> str:
     if not isinstance(value, str):
-        raise UserError(
-            f"{row.place}: {name} is {type(value).__name__}, not text", fix=f"write the value of {name} in quotes"
+        raise RowFault(
+            "wrong",
+            f"{row.place}: {name} is {type(value).__name__}, not text",
+            f"write the value of {name} in quotes",
         )
     if filled and not value.strip():
-        what = "leaves nothing to learn" if name != "instruction" else "asks nothing"
-        raise UserError(f"{row.place}: {name} is empty and {what}", fix="fill it in or remove the row")
+        what = "asks nothing" if name in _QUESTIONS else "leaves nothing to learn"
+        raise RowFault("empty", f"{row.place}: {name} is empty and {what}", "fill it in or remove the row")
     return value
 
 
-def _from_alpaca(row: Row) -> Example:
-    question = _string(row, "instruction", row.fields["instruction"], filled=True)
-    context = row.fields.get("input")
-    if context is not None and _string(row, "input", context, filled=False).strip():
-        question = f"{question}\n\n{context}"
-    answer = _string(row, "output", row.fields["output"], filled=True)
+# Columns that hold what is asked, not what is learned.
+_QUESTIONS = {"instruction", "question", "source", "sentence", "dialogue", "document", "article", "tokens"}
+
+
+def _instruction(answer_column: str, context_column: str, name: str) -> Callable[[Row], Example]:
+    def convert(row: Row) -> Example:
+        question = _string(row, "instruction", row.fields["instruction"], filled=True)
+        context = row.fields.get(context_column)
+        if context is not None:
+            question = with_context(question, _string(row, context_column, context, filled=False))
+        answer = _string(row, answer_column, row.fields[answer_column], filled=True)
+        return Example(row.place, name, [*_system(row), *_pair(question, answer)])
+
+    return convert
+
+
+def _from_gpt4all(row: Row) -> Example:
+    prompt = _string(row, "prompt", row.fields["prompt"], filled=False)
+    return Example(row.place, "gpt4all", _pair(prompt, _string(row, "response", row.fields["response"], filled=True)))
+
+
+def _task(name: str) -> Callable[[Row], Example]:
+    def convert(row: Row) -> Example:
+        columns = _columns_of(row, name) or _FORMATS[name][0]
+        try:
+            question, answer = RENDER[name](row.fields)
+        except Unfit as unfit:
+            raise RowFault("wrong", f"{row.place}: {unfit.reason}", unfit.fix) from None
+        question = _string(row, columns[0], question, filled=True)
+        answer = _string(row, columns[-1], answer, filled=True)
+        return Example(row.place, name, _pair(question, answer), fields=row.fields)
+
+    return convert
+
+
+def _system(row: Row) -> list[Message]:
     system = row.fields.get("system")
-    head = [{"role": "system", "content": _string(row, "system", system, filled=False)}] if system else []
-    return Example(row.place, "alpaca", [*head, *_pair(question, answer)])
+    return [{"role": "system", "content": _string(row, "system", system, filled=False)}] if system else []
 
 
 def _from_prompt_completion(row: Row) -> Example:
@@ -191,12 +310,15 @@ def _from_conversations(row: Row) -> Example:
         for turn in turns:
             speaker = turn.get("from") if isinstance(turn, dict) else None
             if speaker not in _SHAREGPT_ROLES or "value" not in turn:
-                raise UserError(
+                raise RowFault(
+                    "roles",
                     f"{row.place}: conversations: a turn is from {speaker!r}",
-                    fix=f"each turn needs a value and a from among {', '.join(_SHAREGPT_ROLES)}",
+                    f"each turn needs a value and a from among {', '.join(_SHAREGPT_ROLES)}",
                 )
             converted.append({"role": _SHAREGPT_ROLES[speaker], "content": turn["value"]})
         turns = converted
+        if turns[0]["role"] != "system":
+            turns = [*_system(row), *turns]
     return Example(row.place, "conversations", _checked(row, turns, "conversations"))
 
 
@@ -210,15 +332,16 @@ def _pair(question: str, answer: str) -> list[Message]:
 
 def _checked(row: Row, messages: Any, name: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
-        raise UserError(
+        raise RowFault(
+            "empty" if messages == [] else "wrong",
             f"{row.place}: {name} is not a list of messages",
-            fix='write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
         )
     cleaned = []
     for number, message in enumerate(messages, start=1):
         where = f"{name}: message {number}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{row.place}: {where} has no role", fix='each message needs "role" and "content"')
+            raise RowFault("roles", f"{row.place}: {where} has no role", 'each message needs "role" and "content"')
         # Parquet fills absent keys with None, which chat templates would print.
         message = {key: value for key, value in message.items() if value is not None}
         if message["role"] == "assistant" and not message.get("tool_calls"):
@@ -227,20 +350,43 @@ def _checked(row: Row, messages: Any, name: str) -> list[Message]:
             if not isinstance(message["content"], (str, list)):
                 _string(row, f"{where}: content", message["content"], filled=False)
         elif not message.get("tool_calls"):
-            raise UserError(f"{row.place}: {where} has no content", fix='each message needs "role" and "content"')
+            raise RowFault("missing", f"{row.place}: {where} has no content", 'each message needs "role" and "content"')
         cleaned.append(message)
-    if not any(message["role"] == "assistant" for message in cleaned):
-        raise UserError(
-            f"{row.place}: {name} has no assistant message, so nothing in it is learned",
-            fix="add the answer or remove the row",
-        )
+    _check_roles(row, [message["role"] for message in cleaned], name)
     return cleaned
 
 
-_CONVERT = {
+def _check_roles(row: Row, roles: list[str], name: str) -> None:
+    """Refuse a conversation that no chat could have had: its answers would be learned without their questions."""
+    mend = "put the messages in order (system, then user and assistant in turn), or remove the row"
+    for number, role in enumerate(roles, start=1):
+        where = f"{row.place}: {name}: message {number} is from {role!r}"
+        before = roles[number - 2] if number > 1 else None
+        if role not in ROLES:
+            raise RowFault("roles", f"{where}, a role that is not known", f"use {', '.join(ROLES)}")
+        if role in ("system", "developer") and number > 1:
+            raise RowFault("roles", f"{where}, which can only come first", mend)
+        if role == before and role in ("user", "assistant"):
+            raise RowFault("roles", f"{where}, and so is the one before it", mend)
+        if role == "assistant" and before in (None, "system", "developer"):
+            raise RowFault("roles", f"{where}, but nothing was asked before it", mend)
+        if role in ("tool", "function") and before not in ("assistant", "tool", "function"):
+            raise RowFault("roles", f"{where}, but no assistant called it", mend)
+    if "assistant" not in roles:
+        raise RowFault(
+            "empty",
+            f"{row.place}: {name} has no assistant message, so nothing in it is learned",
+            "add the answer or remove the row",
+        )
+
+
+_CONVERT: dict[str, Callable[[Row], Example]] = {
     "messages": _from_messages,
     "conversations": _from_conversations,
     "prompt_completion": _from_prompt_completion,
-    "alpaca": _from_alpaca,
+    "alpaca": _instruction("output", "input", "alpaca"),
+    "dolly": _instruction("response", "context", "dolly"),
+    "gpt4all": _from_gpt4all,
     "text": _from_text,
+    **{name: _task(name) for name in RENDER},
 }

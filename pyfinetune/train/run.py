@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +23,11 @@ import pyfinetune as pf
 from pyfinetune.errors import UserError
 from pyfinetune.train import checkpoints, manifest
 from pyfinetune.train.config import RunConfig, config_digest
-from pyfinetune.train.data import hash_files, hash_rows, load_dataset_rows, load_rows, split_rows
-from pyfinetune.train.formats import Example, to_examples
 from pyfinetune.train.model import add_adapters, choose_device, load_model
-from pyfinetune.train.packing import check_isolation, is_flat, one_a_row, pack
+from pyfinetune.train.packing import check_isolation, is_flat
+from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.report import rows_lines
-from pyfinetune.train.tokenizing import Document, Tokenized, load_tokenizer, tokenize
-
-
-@dataclass
-class Data:
-    """A run's examples, before any tokenizer.
-
-    Args:
-        train: examples to learn from.
-        held_out: examples to evaluate on; empty when nothing is held out.
-        sha256: digest of the training data's contents.
-        format: what `formats.recognise` said of the rows.
-    """
-
-    train: list[Example]
-    held_out: list[Example]
-    sha256: str
-    format: str
-
-
-@dataclass
-class Rows:
-    """A run's token rows.
-
-    Args:
-        train: rows to learn from.
-        held_out: rows to evaluate on, or empty.
-        counts: rows, documents, tokens and what was cut, for `run.json`.
-    """
-
-    train: list[list[Document]]
-    held_out: list[list[Document]]
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+from pyfinetune.train.tokenizing import load_tokenizer
 
 
 @dataclass
@@ -96,81 +63,6 @@ class TrainResult:
     tokens_per_second: float = 0.0
     peak_memory_gb: float = 0.0
     seconds: float = 0.0
-
-
-def read_data(config: RunConfig) -> Data:
-    """Read, recognise and split a run's data.
-
-    Args:
-        config: the run's configuration.
-
-    Returns:
-        The examples.
-
-    Raises:
-        UserError: a file, a row or the split is at fault.
-
-    Example:
-        >>> len(read_data(config).train)  # doctest: +SKIP
-        7473
-    """
-    if config.dataset_name is not None:
-        rows = load_dataset_rows(config.dataset_name, config.dataset_config_name)
-        digest = hash_rows(rows)
-    else:
-        rows = load_rows(config.train_files, config.sample_by)
-        digest = hash_files(config.train_files)
-    held_out = load_rows(config.validation_files, config.sample_by)
-    examples, held_examples = to_examples(rows, config.columns), to_examples(held_out, config.columns)
-    if config.test_size is not None:
-        examples, held_examples = split_rows(examples, config.test_size, config.seed)
-    data_format = examples[0].format
-    if held_examples and (held_examples[0].format == "text") != (data_format == "text"):
-        raise UserError(
-            f"{held_examples[0].place}: is {held_examples[0].format}, but the training rows are {data_format}",
-            fix="give validation rows of the training rows' format",
-        )
-    is_text = data_format == "text"
-    if (config.task, is_text) in (("sft", True), ("pretrain", False)):
-        kind = "raw text" if is_text else "prompts with answers"
-        raise UserError(
-            f"task: {config.task} does not fit {examples[0].place}, which is {kind}",
-            fix=f"set task: {'pretrain' if is_text else 'sft'}, or leave it out",
-        )
-    if is_text and config.completion_only_loss:
-        raise UserError(
-            f"completion_only_loss: {examples[0].place} is raw text, which has no completion",
-            fix="leave completion_only_loss out, or give prompt/completion rows",
-        )
-    return Data(examples, held_examples, digest, data_format)
-
-
-def prepare_rows(data: Data, tokenizer: Any, config: RunConfig) -> Rows:
-    """Tokenize a run's examples and lay them in rows.
-
-    Args:
-        data: what `read_data` returned.
-        tokenizer: what `tokenizing.load_tokenizer` returned.
-        config: the run's configuration.
-
-    Returns:
-        The rows, with their counts.
-
-    Raises:
-        UserError: nothing would be learned, or the chat template refuses a row.
-
-    Example:
-        >>> prepare_rows(data, tokenizer, config).counts["train"]["learned_tokens"]  # doctest: +SKIP
-        893211
-    """
-    result = Rows([], [])
-    for name, examples in (("train", data.train), ("held_out", data.held_out)):
-        tokenized = tokenize(examples, tokenizer, config.max_length, config.completion_only_loss)
-        documents = tokenized.documents
-        rows = pack(documents, config.max_length) if config.packing else one_a_row(documents)
-        setattr(result, name, rows)
-        result.counts[name] = _counts(tokenized, rows)
-    return result
 
 
 def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
@@ -418,19 +310,6 @@ def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: D
     if config.resume != "auto" or not earlier or earlier.get("status") != "complete":
         return False
     return earlier.get("config") == config_digest(config) and earlier["data"]["sha256"] == data.sha256
-
-
-def _counts(tokenized: Tokenized, rows: list[list[Document]]) -> dict[str, int]:
-    return {
-        "examples": tokenized.rows,
-        "documents": len(tokenized.documents),
-        "rows": len(rows),
-        "tokens": tokenized.tokens,
-        "learned_tokens": tokenized.learned_tokens,
-        "longest": tokenized.longest,
-        "cut_short": tokenized.cut_short,
-        "dropped": len(tokenized.dropped),
-    }
 
 
 def _model_line(record: dict[str, Any]) -> str:

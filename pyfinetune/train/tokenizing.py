@@ -7,8 +7,10 @@ assistant turn and the token that ends it; the rest is context. Raw text is lear
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +43,12 @@ class Document:
     Args:
         input_ids: int32 [length].
         learned: bool [length]; True where the token is a target. The first is always False: nothing precedes it.
+        place: file and row it came from.
     """
 
     input_ids: np.ndarray
     learned: np.ndarray
+    place: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,16 +61,29 @@ class Tokenized:
     Args:
         documents: what is trained on.
         rows: rows that came in.
-        cut_short: rows whose answer was cut by `max_length`, so that they never show its end.
+        cut: places of rows whose answer was cut by `max_length`, so that they never show its end.
         dropped: places of rows whose answer was cut off entirely.
+        masked: places of rows of which the chat template writes no answer; they are left out too.
+        lost_tokens: tokens of answers that `max_length` cut away, those of the dropped rows included.
         longest: the longest row, in tokens, before cutting.
+        answers: stretches of learned tokens, each of which should teach its end.
+        ends: token id to the number of answers that it closes and in which it is learned.
     """
 
     documents: list[Document] = field(default_factory=list)
     rows: int = 0
-    cut_short: int = 0
+    cut: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    masked: list[str] = field(default_factory=list)
+    lost_tokens: int = 0
     longest: int = 0
+    answers: int = 0
+    ends: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def cut_short(self) -> int:
+        """Rows whose answer was cut by `max_length`."""
+        return len(self.cut)
 
     @property
     def learned_tokens(self) -> int:
@@ -164,76 +181,135 @@ def tokenize(
         81920
     """
     result = Tokenized(rows=len(examples))
+    marks = _Marks(tokenizer)
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
-        if batch[0].format == "text":
-            _add_texts(result, batch, tokenizer, max_length)
-        else:
-            _add_conversations(result, batch, tokenizer, max_length, completion_only_loss is not False)
+        texts = [index for index, example in enumerate(batch) if example.format == "text"]
+        chats = [index for index, example in enumerate(batch) if example.format != "text"]
+        found = _texts(result, [batch[i] for i in texts], tokenizer, max_length) if texts else []
+        if chats:
+            answers_only = completion_only_loss is not False
+            found += _conversations(result, [batch[i] for i in chats], marks, max_length, answers_only)
+        order = {id(batch[index]): index for index in range(len(batch))}
+        result.documents += [document for _, document in sorted(found, key=lambda pair: order[pair[0]])]
     if examples and not any(document.learned.any() for document in result.documents):
-        raise UserError(
-            f"no token would be learned: max_length {max_length} cuts off every one of the {len(examples)} answers"
-            f" (first: {result.dropped[0] if result.dropped else examples[0].place})",
-            fix=f"raise max_length; the longest row has {result.longest} tokens",
-        )
+        raise _nothing_learned(result, examples, max_length)
     return result
 
 
-def _add_texts(result: Tokenized, batch: Sequence[Example], tokenizer: Any, max_length: int) -> None:
+def _nothing_learned(result: Tokenized, examples: Sequence[Example], max_length: int) -> UserError:
+    if result.masked:
+        return UserError(
+            f"no token would be learned: the chat template writes none of the {len(examples)} answers"
+            f" (first: {result.masked[0]})",
+            fix="set chat_template: plain, or the path of a template that writes the assistant's messages",
+        )
+    return UserError(
+        f"no token would be learned: max_length {max_length} cuts off every one of the {len(examples)} answers"
+        f" (first: {result.dropped[0] if result.dropped else examples[0].place})",
+        fix=f"raise max_length; the longest row has {result.longest} tokens",
+    )
+
+
+class _Marks:
+    """What a tokenizer's tokens are: those that can close an answer, and those that only make space."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.closing = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self.closing_texts = sorted((str(t) for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self.is_blank = functools.lru_cache(maxsize=None)(lambda token: not tokenizer.decode([token]).strip())
+
+    def says_nothing(self, text: str) -> bool:
+        """Whether a text is made of closing tokens and space alone."""
+        for mark in self.closing_texts:
+            text = text.replace(mark, "")
+        return not text.strip()
+
+    def count_ends(self, result: Tokenized, document: Document) -> None:
+        """Add a document's answers, and the tokens that close them, to the counts."""
+        edges = np.flatnonzero(np.diff(document.learned.astype(np.int8), prepend=0, append=0))
+        for first, end in edges.reshape(-1, 2):
+            last = end - 1
+            while last > first and document.input_ids[last] not in self.closing:
+                if not self.is_blank(int(document.input_ids[last])):
+                    break
+                last -= 1
+            result.answers += 1
+            if document.input_ids[last] in self.closing:
+                result.ends[int(document.input_ids[last])] += 1
+
+
+def _texts(result: Tokenized, batch: Sequence[Example], tokenizer: Any, max_length: int) -> list[tuple[int, Document]]:
+    """Documents of raw texts, each with the identity of its example."""
+    found = []
     encoded = tokenizer([example.text for example in batch], verbose=False)["input_ids"]
-    for ids in encoded:
+    for example, ids in zip(batch, encoded, strict=True):
         if ids[-1:] != [tokenizer.eos_token_id]:  # some tokenizers add it themselves
             ids = [*ids, tokenizer.eos_token_id]
         result.longest = max(result.longest, len(ids))
+        result.answers += 1
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
             if len(piece) > 1:  # a lone token has no predecessor to be predicted from
-                result.documents.append(_document(piece, [True] * len(piece)))
+                found.append((id(example), _document(piece, [True] * len(piece), example.place)))
+        if len(ids) > 1 and len(piece) > 1:
+            result.ends[tokenizer.eos_token_id] += 1
+    return found
 
 
-def _add_conversations(
-    result: Tokenized, batch: Sequence[Example], tokenizer: Any, max_length: int, answers_only: bool
-) -> None:
-    texts, spans, places = [], [], []
+def _conversations(
+    result: Tokenized, batch: Sequence[Example], marks: _Marks, max_length: int, answers_only: bool
+) -> list[tuple[int, Document]]:
+    """Documents of conversations, each with the identity of its example."""
+    tokenizer, found = marks.tokenizer, []
+    texts, spans, owners = [], [], []
     for example in batch:
-        for text, learned in _written(example, tokenizer):
+        written = _written(example, marks)
+        if not written:
+            result.masked.append(example.place)
+        for text, learned in written:
             texts.append(text)
             spans.append(learned)
-            places.append(example.place)
+            owners.append(example)
     own_bos = tokenizer.chat_template is None and _adds_bos(tokenizer)
-    encoded = _encode(texts, spans, tokenizer)
-    for (ids, learned), place in zip(encoded, places, strict=True):
-        ids, learned = _ended(ids, learned, tokenizer)
+    encoded = _encode(texts, spans, tokenizer) if texts else []
+    for (ids, learned), example in zip(encoded, owners, strict=True):
+        ids, learned = _ended(ids, learned, marks)
         if own_bos:
             ids, learned = [tokenizer.bos_token_id, *ids], [False, *learned]
         if not answers_only:
             learned = [True] * len(ids)
         result.longest = max(result.longest, len(ids))
         if len(ids) > max_length:
+            result.lost_tokens += sum(learned[max_length:])
             if not any(learned[1:max_length]):
-                result.dropped.append(place)
+                result.dropped.append(example.place)
                 continue
-            result.cut_short += 1
-        result.documents.append(_document(ids[:max_length], learned[:max_length]))
+            result.cut.append(example.place)
+        document = _document(ids[:max_length], learned[:max_length], example.place)
+        marks.count_ends(result, document)
+        found.append((id(example), document))
+    return found
 
 
-def _document(ids: Iterable[int], learned: Iterable[bool]) -> Document:
+def _document(ids: Iterable[int], learned: Iterable[bool], place: str) -> Document:
     mask = np.asarray(learned, dtype=bool)
     mask[:1] = False
-    return Document(np.asarray(ids, dtype=np.int32), mask)
+    return Document(np.asarray(ids, dtype=np.int32), mask, place)
 
 
-def _written(example: Example, tokenizer: Any) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Texts of an example, each with the character spans that are learned."""
-    messages = example.messages
+def _written(example: Example, marks: _Marks) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Texts of an example, each with the character spans that are learned; none when no answer is written."""
+    messages, tokenizer = example.messages, marks.tokenizer
     if tokenizer.chat_template is None:
-        if example.format not in ("prompt_completion", "alpaca"):
+        if example.format in ("messages", "conversations"):
             raise UserError(
                 f"{example.place}: chat messages cannot be written without a template (chat_template: none)",
                 fix="set chat_template: auto, plain, or the path of a Jinja file",
             )
         prompt = "\n\n".join(message["content"] for message in messages[:-1])
-        prompt += "\n" if example.format == "alpaca" else ""
+        prompt += "" if example.format == "prompt_completion" else "\n"
         text = prompt + messages[-1]["content"]
         return [(text, [(len(prompt), len(text))])]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -244,9 +320,19 @@ def _written(example: Example, tokenizer: Any) -> list[tuple[str, list[tuple[int
         if not whole.startswith(upto):
             # The template writes earlier turns differently once others follow (it drops their reasoning, say): one
             # text a turn then shows each answer exactly as the model will have to give it.
-            return [(text, [(begin, len(text))]) for begin, text in (_turn(example, tokenizer, i) for i in turns)]
-        spans.append((start, len(upto)))
-    return [(whole[: spans[-1][1]], spans)]
+            written = [(i, *_turn(example, tokenizer, i)) for i in turns]
+            return [(text, [(at, len(text))]) for i, at, text in written if _is_there(messages[i], text[at:], marks)]
+        if _is_there(messages[index], upto[start:], marks):
+            spans.append((start, len(upto)))
+    return [(whole[: spans[-1][1]], spans)] if spans else []
+
+
+def _is_there(message: Message, span: str, marks: _Marks) -> bool:
+    """Whether a template has written anything of an answer."""
+    content = message.get("content")
+    if isinstance(content, str) and content.strip() and content.strip() in span:
+        return True
+    return not marks.says_nothing(span)
 
 
 def _turn(example: Example, tokenizer: Any, index: int) -> tuple[int, str]:
@@ -309,18 +395,17 @@ def _encode_pieces(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> t
     return ids, learned
 
 
-def _ended(ids: list[int], learned: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _ended(ids: list[int], learned: list[bool], marks: _Marks) -> tuple[list[int], list[bool]]:
     """The same tokens up to the end token of the last answer, added where there is none: without it in training a
     model never stops. What follows it (a template's line break) is never asked for."""
-    closing = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for last in range(len(ids) - 1, -1, -1):
         if not learned[last]:
             break
-        if ids[last] in closing:
+        if ids[last] in marks.closing:
             return ids[: last + 1], learned[: last + 1]
-        if tokenizer.decode([ids[last]]).strip():
+        if not marks.is_blank(ids[last]):
             break
-    return [*ids, tokenizer.eos_token_id], [*learned, True]
+    return [*ids, marks.tokenizer.eos_token_id], [*learned, True]
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -66,7 +66,7 @@ class RunMetrics(TrainerCallback):
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def keep_until(self, step: int) -> None:
-        """Drop the records after a step, which a resumed run makes again."""
+        """Drop the records after a step's checkpoint, which a resumed run makes again."""
         if not self.path.is_file():
             return
         kept = []
@@ -75,6 +75,8 @@ class RunMetrics(TrainerCallback):
                 record = json.loads(line)
             except ValueError:  # the run was killed while writing it
                 continue
+            if "train_runtime" in record:  # the end of an earlier session
+                break
             if record.get("step", 0) <= step:
                 kept.append(line + "\n")
         fresh = self.path.with_suffix(".tmp")
@@ -107,6 +109,8 @@ class RunMetrics(TrainerCallback):
         if state.is_world_process_zero:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that survives a power cut has its records
         if not math.isfinite(logs.get("loss", 0.0)):
             raise PyfinetuneError(
                 f"the loss became {logs['loss']} at step {state.global_step}. Lower trainer: learning_rate"

@@ -238,6 +238,8 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
         >>> find_start(config, "", print)  # doctest: +SKIP
         PosixPath('out/checkpoint-40')
     """
+    if os.environ.get("RANK", "0") == "0":
+        checkpoints.clear_leftovers(Path(config.output_dir))
     existing = checkpoints.list_checkpoints(config.output_dir)
     if config.resume not in ("auto", "never"):
         return checkpoints.check_resume_path(config.resume)
@@ -308,7 +310,7 @@ def _fit(
     start: Path | None,
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
-    from pyfinetune.train.loop import build_trainer, training_arguments
+    from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
 
     out = Path(config.output_dir)
     arguments = training_arguments(
@@ -336,8 +338,13 @@ def _fit(
         _say(console, _model_line(record))
         manifest.write_manifest(out / "run.json", record)
         metrics.keep_until(-1 if start is None else int(start.name.rsplit("-", 1)[-1]))
+    steps = total_steps(arguments, len(rows.train))
+    outcome = None
     try:
-        outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if start is not None and nothing_left(start, steps, config.early_stopping_patience):
+            trainer.finish_from(start)
+        else:
+            outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         bar.close()
         stop.close()
@@ -382,7 +389,7 @@ def _result(
         steps=trainer.state.global_step,
         interrupted=interrupted and trainer.state.global_step < trainer.state.max_steps,
         resumed_from=str(start) if start else None,
-        train_loss=outcome.training_loss,
+        train_loss=outcome and outcome.training_loss,
         eval_loss_before=before.get("eval_loss"),
         eval_loss=final and final["eval_loss"],
         perplexity_before=before.get("eval_perplexity"),
@@ -390,7 +397,7 @@ def _result(
         tokens=trainer.tokens_seen,
         tokens_per_second=round(metrics.session_rate, 1),
         peak_memory_gb=round(metrics.peak_memory_gb, 3),
-        seconds=round(outcome.metrics.get("train_runtime", 0.0), 3),
+        seconds=round(outcome.metrics.get("train_runtime", 0.0), 3) if outcome else 0.0,
     )
 
 

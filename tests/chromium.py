@@ -57,7 +57,7 @@ const measure = () => {
     external: [...page.querySelectorAll("[src], link[href], image[href], use[href], object[data]")].map(
       (e) => e.getAttribute("src") ?? e.getAttribute("href") ?? e.getAttribute("data")
     ).filter((address) => !/^(data:|#)/.test(address)),
-  });
+  }).replaceAll("<", "\\\\u003c");
 };
 frame.addEventListener("load", measure);
 </script>"""

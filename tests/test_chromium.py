@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from chromium import open_page
 
-GOOD = "<!doctype html><meta charset=utf-8><title>Résumé</title><body style='margin:0'><p>5 &lt; 6</p>"
+GOOD = "<!doctype html><meta charset=utf-8><title>Résumé</title><body style='margin:0'><p>5 &lt;/script> 6</p>"
 
 
 def test_a_good_page_has_nothing_to_report(tmp_path):
@@ -14,7 +14,7 @@ def test_a_good_page_has_nothing_to_report(tmp_path):
     picture = tmp_path / "page.png"
     page = open_page(path, width=390, screenshot=picture)
     assert (page.console, page.overflow, page.wide, page.scripts, page.external) == ([], 0, [], 0, [])
-    assert (page.title, page.text.strip()) == ("Résumé", "5 < 6")
+    assert (page.title, page.text.strip()) == ("Résumé", "5 </script> 6")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

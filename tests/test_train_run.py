@@ -44,6 +44,7 @@ def settings(model: str, data: str, out: Path, **change):
         "lora_r": 4,
         "save_steps": 2,
         "device": "cpu",
+        "report": False,
     }
     return parse_config({**values, **change, "trainer": trainer})
 

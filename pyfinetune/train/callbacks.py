@@ -109,8 +109,6 @@ class RunMetrics(TrainerCallback):
         if state.is_world_process_zero:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint that survives a power cut has its records
         if not math.isfinite(logs.get("loss", 0.0)):
             raise PyfinetuneError(
                 f"the loss became {logs['loss']} at step {state.global_step}. Lower trainer: learning_rate"

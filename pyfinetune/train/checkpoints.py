@@ -233,6 +233,21 @@ def sync(folder: Path) -> None:
     _sync_one(folder)
 
 
+def sync_files(folder: Path) -> None:
+    """Force the files of a folder, but not what is in its subfolders, to the disk.
+
+    Args:
+        folder: the folder.
+
+    Example:
+        >>> sync_files(Path("out"))  # doctest: +SKIP
+    """
+    for path in folder.iterdir():
+        if path.is_file():
+            _sync_one(path)
+    _sync_one(folder)
+
+
 def _put_aside(checkpoint: Path, why: str) -> None:
     """Take a checkpoint's name from it in one step, so that no half-deleted folder ever bears one."""
     aside = checkpoint.parent / _REPLACED

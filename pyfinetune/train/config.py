@@ -76,6 +76,9 @@ class RunConfig(BaseModel):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
+    report: bool = True
+    report_examples: int = Field(default=3, ge=0, le=20)
+
     @model_validator(mode="after")
     def _keys_agree(self) -> RunConfig:
         if (self.train_file is None) == (self.dataset_name is None):

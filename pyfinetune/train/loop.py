@@ -103,6 +103,7 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoints.seal(staged, self.state.global_step)
+                checkpoints.sync_files(out)  # the records up to here are on the disk before the checkpoint is
                 checkpoints.publish(staged, final)
         except OSError as error:
             raise PyfinetuneError(

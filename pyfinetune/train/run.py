@@ -9,7 +9,6 @@ The output folder holds the Trainer's checkpoints as they are, the trained adapt
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from rich.console import Console
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train import checkpoints, manifest
+from pyfinetune.train import card, checkpoints, manifest, results
 from pyfinetune.train.config import RunConfig, config_digest
 from pyfinetune.train.data import hash_files, hash_rows, load_dataset_rows, load_rows, split_rows
 from pyfinetune.train.formats import Example, to_examples
@@ -259,12 +258,13 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
     return found
 
 
-def train(config: RunConfig, console: Console | None = None) -> TrainResult:
+def train(config: RunConfig, console: Console | None = None, repeats: dict[str, Any] | None = None) -> TrainResult:
     """Run a fine-tuning from its configuration to its output folder.
 
     Args:
         config: what `config.load_config` or `config.parse_config` returned.
         console: where messages and the progress bar go; standard error by default.
+        repeats: `run.json` of the run that this one repeats, or None; what differs is said.
 
     Returns:
         What came of it.
@@ -295,7 +295,7 @@ def train(config: RunConfig, console: Console | None = None) -> TrainResult:
     model, report = prepare_model(config, device)
     if report is not None and report.rows:
         _say(console, str(report))
-    return _fit(config, console, device, data, rows, tokenizer, model, report, start)
+    return _fit(config, console, device, data, rows, tokenizer, model, report, start, repeats)
 
 
 def _fit(
@@ -308,6 +308,7 @@ def _fit(
     model: Any,
     report: Any,
     start: Path | None,
+    repeats: dict[str, Any] | None,
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
@@ -332,12 +333,17 @@ def _fit(
         callbacks=[metrics, bar, stop],
     )
     metrics.trainer = trainer
-    record = _record(config, device, data, rows, model, report)
+    record = manifest.describe_run(config, device, {"sha256": data.sha256, "format": data.format, **rows.counts}, model)
+    record["training_arguments"] = manifest.notable_arguments(arguments, config.trainer)
+    record["kernels"] = {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json())
     is_main = trainer.is_world_process_zero()
     if is_main:
         _say(console, _model_line(record))
+        for sentence in manifest.compare_runs(repeats, record) if repeats else []:
+            _say(console, sentence)
         manifest.write_manifest(out / "run.json", record)
         metrics.keep_until(-1 if start is None else int(start.name.rsplit("-", 1)[-1]))
+        results.answer_before(config, model, tokenizer, rows.held_out or rows.train, anew=start is None)
     steps = total_steps(arguments, len(rows.train))
     outcome = None
     try:
@@ -349,11 +355,16 @@ def _fit(
         bar.close()
         stop.close()
     result = _result(config, trainer, outcome, metrics, start, interrupted=stop.signal is not None)
-    if not result.interrupted and is_main:
-        save_final(model, tokenizer, out)
     if is_main:
-        record |= {"status": "interrupted" if result.interrupted else "complete", "finished": _now()}
-        manifest.write_manifest(out / "run.json", record | {"result": dataclasses.asdict(result)})
+        record |= {"status": "interrupted" if result.interrupted else "complete", "finished": manifest.now()}
+        record |= {"result": dataclasses.asdict(result)}
+        if not result.interrupted:
+            save_final(model, tokenizer, out)
+            (out / "README.md").write_text(card.model_card(record), encoding="utf-8")
+            checkpoints.sync_files(out)
+        manifest.write_manifest(out / "run.json", record)
+        if not result.interrupted and config.report:
+            results.finish_report(config, model, tokenizer, lambda message: _say(console, message))
     return result
 
 
@@ -401,26 +412,6 @@ def _result(
     )
 
 
-def _record(config: RunConfig, device: torch.device, data: Data, rows: Rows, model: Any, report: Any) -> dict[str, Any]:
-    parameters = list(model.parameters())
-    return {
-        "status": "running",
-        "started": _now(),
-        "versions": manifest.versions(),
-        "device": manifest.device_name(device),
-        "seed": config.seed,
-        "config": config_digest(config),
-        "model": {
-            **manifest.model_identity(config.model_name_or_path, model.config),
-            "dtype": str(model.config.dtype).removeprefix("torch."),
-            "attn_implementation": getattr(model.config, "_attn_implementation", None),
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        },
-        "data": {"sha256": data.sha256, "format": data.format, **rows.counts},
-        "kernels": {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json()),
-    }
-
-
 def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: Data) -> bool:
     if config.resume != "auto" or not earlier or earlier.get("status") != "complete":
         return False
@@ -450,7 +441,3 @@ def _model_line(record: dict[str, Any]) -> str:
 
 def _say(console: Console, message: str) -> None:
     console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

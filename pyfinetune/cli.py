@@ -60,11 +60,16 @@ def train(
     again = shlex.join(["pyfinetune", "train", *given])
     try:
         settings, record = load_repeat(repeats, output_dir) if repeats else (load_config(config), None)
-        result = run_train(settings, repeats=record)
+        if settings.hpo is not None:
+            from pyfinetune.train.search import search, search_lines
+
+            result, lines_of = search(settings), search_lines
+        else:
+            result, lines_of = run_train(settings, repeats=record), result_lines
     except KeyboardInterrupt:
         typer.echo(f"stopped at once; go on from the last checkpoint with: {again}", err=True)
         raise typer.Exit(130) from None
-    lines = [json.dumps(dataclasses.asdict(result))] if as_json else result_lines(result, again)
+    lines = [json.dumps(dataclasses.asdict(result))] if as_json else lines_of(result, again)
     if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
         typer.echo("\n".join(lines))
     if result.interrupted:

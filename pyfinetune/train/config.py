@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pyfinetune.errors import UserError
+from pyfinetune.train.search_space import UNION_TAGS, HpoSection, Range, with_values
 
 Method = Literal["lora", "qlora", "full"]
 
@@ -28,6 +29,14 @@ _OWNED_BY_CONFIG = {
     "save_steps": "save_steps",
     "resume_from_checkpoint": "resume",
     "use_cpu": "device: cpu",
+}
+
+
+# A search compares trials by their held-out loss; these decide what that is, or where it is found.
+_NOT_SEARCHED = {
+    *("output_dir", "train_file", "validation_file", "dataset_name", "dataset_config_name", "test_size", "columns"),
+    *("sample_by", "task", "chat_template", "eos_token", "completion_only_loss", "max_length", "seed", "resume"),
+    *("report", "report_examples", "device", "patch", "trainer", "eval_steps", "save_steps"),
 }
 
 
@@ -78,6 +87,7 @@ class RunConfig(BaseModel):
 
     report: bool = True
     report_examples: int = Field(default=3, ge=0, le=20)
+    hpo: HpoSection | None = None
 
     @model_validator(mode="after")
     def _keys_agree(self) -> RunConfig:
@@ -90,7 +100,7 @@ class RunConfig(BaseModel):
                 f"test_size is {self.test_size}; a fraction lies between 0 and 1, a row count has no point"
             )
         held_out = self.validation_file is not None or self.test_size is not None
-        for key in ("early_stopping_patience", "eval_steps"):
+        for key in ("early_stopping_patience", "eval_steps", "hpo"):
             if getattr(self, key) is not None and not held_out:
                 raise ValueError(f"{key} needs held-out rows; add validation_file or test_size (for example 0.1)")
         if self.dataset_config_name is not None and self.dataset_name is None:
@@ -195,6 +205,8 @@ def parse_config(content: dict[str, Any], source: str = "config") -> RunConfig:
     except ValidationError as error:
         raise _value_error(error, content, source) from None
     check_trainer_section(config.trainer, source)
+    if config.hpo is not None:
+        _check_search(config, content, source)
     return config
 
 
@@ -233,6 +245,26 @@ def check_trainer_section(section: dict[str, Any], source: str = "config") -> No
             )
 
 
+def takes_fractions(key: str) -> bool:
+    """Whether the values of a key are fractions, as a learning rate's are, or whole numbers, as a rank is.
+
+    Args:
+        key: a key, or `trainer.NAME` for one of transformers' training arguments.
+
+    Returns:
+        True for fractions.
+
+    Example:
+        >>> takes_fractions("lora_r"), takes_fractions("lora_alpha")
+        (False, True)
+    """
+    section, _, name = key.rpartition(".")
+    if section == "trainer":
+        return isinstance(_training_arguments()[name], float)
+    kind = RunConfig.model_fields[key].annotation
+    return float in (kind, *get_args(kind))
+
+
 def config_digest(config: RunConfig) -> dict[str, Any]:
     """Plain JSON values of a configuration, for `run.json` and for comparing two runs.
 
@@ -247,6 +279,21 @@ def config_digest(config: RunConfig) -> dict[str, Any]:
         42
     """
     return json.loads(config.model_dump_json())
+
+
+def _check_search(config: RunConfig, content: dict[str, Any], source: str) -> None:
+    """Check that each searched key may be searched, and that the run takes each of its values."""
+    plain = {key: value for key, value in content.items() if key != "hpo"}
+    for key, space in config.hpo.search.items():
+        if key in _NOT_SEARCHED or key.startswith("hpo"):
+            raise UserError(
+                f"{source}: hpo: search: {key} cannot be searched: trials would not be comparable",
+                fix="search keys of the training, such as trainer.learning_rate or lora_r",
+            )
+        if (key.startswith("trainer.") and key.partition(".")[2] in config.trainer) or key in content:
+            raise UserError(f"{source}: {key} is set and searched", fix="keep one of the two")
+        for value in (space.low, space.high) if isinstance(space, Range) else space:
+            parse_config(with_values(plain, {key: value}), source=f"{source}: hpo: search: {key}: {value!r}")
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:
@@ -288,4 +335,7 @@ def _value_error(error: ValidationError, content: dict[str, Any], source: str) -
     if not key:
         return UserError(f"{source}: {reason}", fix=f"edit {source}")
     given = content.get(key)
+    if key == "hpo" and len(problem["loc"]) > 1:
+        key = ": ".join(str(part) for part in problem["loc"] if part not in UNION_TAGS)
+        given = problem["input"]
     return UserError(f"{source}: {key}: {given!r} will not do: {reason}", fix=f"correct the value of {key}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,13 +259,19 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
     return found
 
 
-def train(config: RunConfig, console: Console | None = None, repeats: dict[str, Any] | None = None) -> TrainResult:
+def train(
+    config: RunConfig,
+    console: Console | None = None,
+    repeats: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainResult:
     """Run a fine-tuning from its configuration to its output folder.
 
     Args:
         config: what `config.load_config` or `config.parse_config` returned.
         console: where messages and the progress bar go; standard error by default.
         repeats: `run.json` of the run that this one repeats, or None; what differs is said.
+        callbacks: further `TrainerCallback`s.
 
     Returns:
         What came of it.
@@ -295,7 +302,7 @@ def train(config: RunConfig, console: Console | None = None, repeats: dict[str, 
     model, report = prepare_model(config, device)
     if report is not None and report.rows:
         _say(console, str(report))
-    return _fit(config, console, device, data, rows, tokenizer, model, report, start, repeats)
+    return _fit(config, console, device, data, rows, tokenizer, model, report, start, repeats, callbacks)
 
 
 def _fit(
@@ -309,6 +316,7 @@ def _fit(
     report: Any,
     start: Path | None,
     repeats: dict[str, Any] | None,
+    callbacks: Sequence[Any],
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
@@ -330,7 +338,7 @@ def _fit(
         tokenizer=tokenizer,
         max_length=config.max_length,
         early_stopping_patience=config.early_stopping_patience,
-        callbacks=[metrics, bar, stop],
+        callbacks=[metrics, bar, stop, *callbacks],
     )
     metrics.trainer = trainer
     record = manifest.describe_run(config, device, {"sha256": data.sha256, "format": data.format, **rows.counts}, model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,23 +35,42 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")],
+    config: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="The run's configuration.")] = None,
+    repeats: Annotated[
+        str | None, typer.Option("--from", metavar="RUN.JSON", help="Repeat the run that left this record.")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where the repetition goes; the run's folder and -repeat.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model as a YAML file says; run it again to go on after an interruption."""
+    if (config is None) == (repeats is None):
+        raise typer.BadParameter("give a RUN.YAML, or --from RUN.JSON to repeat a run")
+    if config is not None and output_dir is not None:
+        raise typer.BadParameter("--output-dir goes with --from; a RUN.YAML has the key output_dir")
     from pyfinetune.train.pages import restart_with_recycled_pages
 
     restart_with_recycled_pages()
     from pyfinetune.train.config import load_config
+    from pyfinetune.train.repeat import load_repeat
     from pyfinetune.train.report import result_lines
     from pyfinetune.train.run import train as run_train
 
+    given = ["--from", repeats, *(["--output-dir", output_dir] if output_dir else [])] if repeats else [config]
+    again = shlex.join(["pyfinetune", "train", *given])
     try:
-        result = run_train(load_config(config))
+        settings, record = load_repeat(repeats, output_dir) if repeats else (load_config(config), None)
+        if settings.hpo is not None:
+            from pyfinetune.train.search import search, search_lines
+
+            result, lines_of = search(settings), search_lines
+        else:
+            result, lines_of = run_train(settings, repeats=record), result_lines
     except KeyboardInterrupt:
-        typer.echo(f"stopped at once; go on from the last checkpoint with: pyfinetune train {config}", err=True)
+        typer.echo(f"stopped at once; go on from the last checkpoint with: {again}", err=True)
         raise typer.Exit(130) from None
-    lines = [json.dumps(dataclasses.asdict(result))] if as_json else result_lines(result, config)
+    lines = [json.dumps(dataclasses.asdict(result))] if as_json else lines_of(result, again)
     if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
         typer.echo("\n".join(lines))
     if result.interrupted:

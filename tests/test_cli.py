@@ -73,7 +73,7 @@ def test_info(monkeypatch, capsys):
 
 
 def test_ctrl_c_while_loading_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
-    def interrupted(config):
+    def interrupted(config, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyfinetune.train.run.train", interrupted)

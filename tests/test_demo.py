@@ -18,10 +18,11 @@ from tiny_model import make_model, tiny_fixture  # noqa: F401
 
 import pyfinetune as pf
 from pyfinetune import cli
-from pyfinetune.demo import answers, base, compare, docstrings, run, stages
+from pyfinetune.demo import base, compare, docstrings, run, stages
 from pyfinetune.demo.docstrings import Entry
 from pyfinetune.demo.screen import Screen, verdict
 from pyfinetune.demo.settings import Clock, Settings, check
+from pyfinetune.train import answers
 from pyfinetune.train.config import load_config
 
 TINY = base.Size(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=1, max_length=64)
@@ -320,7 +321,7 @@ class TestCommand:
         code = "\n".join(
             [
                 *result.load,
-                "from pyfinetune.demo.answers import answer",
+                "from pyfinetune.train.answers import answer",
                 f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(out / 'adapter')!r})",
                 f"print(answer(model, tokenizer, tokenizer({sample['question']!r})['input_ids']))",
             ]

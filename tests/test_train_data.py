@@ -40,7 +40,7 @@ def parquet(path) -> str:
         ("bom.jsonl", "\ufeff" + json.dumps(PAIR) + "\r\n" + json.dumps(PAIR)),
         ("a.csv", "prompt,completion\n1+1=,2\n1+1=,2\n"),
         ("a.tsv", "prompt\tcompletion\n1+1=\t2\n1+1=\t2\n"),
-        ("a.jsonl.gz", gzip.compress((json.dumps(PAIR) + "\n" + json.dumps(PAIR)).encode())),
+        ("a.jsonl.gz", gzip.compress((json.dumps(PAIR) + "\n" + json.dumps(PAIR)).encode(), mtime=0)),
     ],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content):

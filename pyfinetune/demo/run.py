@@ -24,9 +24,10 @@ import torch
 from rich.console import Console
 
 import pyfinetune as pf
-from pyfinetune.demo import answers, base, compare, docstrings, stages
+from pyfinetune.demo import base, compare, docstrings, stages
 from pyfinetune.demo.screen import Screen, loading_lines, verdict
 from pyfinetune.demo.settings import MARK, Clock, Settings, check
+from pyfinetune.train import answers
 
 _HELD_OUT = 0.1
 _LONGEST_HELD_OUT_SET = 400  # rows of a given file

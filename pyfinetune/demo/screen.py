@@ -12,9 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from pyfinetune.demo.answers import Sample
     from pyfinetune.demo.compare import Comparison
     from pyfinetune.demo.stages import Outcome
+    from pyfinetune.train.answers import Sample
 
 _WIDTH = 100
 

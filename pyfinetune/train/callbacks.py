@@ -66,7 +66,7 @@ class RunMetrics(TrainerCallback):
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def keep_until(self, step: int) -> None:
-        """Drop the records after a step, which a resumed run makes again."""
+        """Drop the records after a step's checkpoint, which a resumed run makes again."""
         if not self.path.is_file():
             return
         kept = []
@@ -75,6 +75,8 @@ class RunMetrics(TrainerCallback):
                 record = json.loads(line)
             except ValueError:  # the run was killed while writing it
                 continue
+            if "train_runtime" in record:  # the end of an earlier session
+                break
             if record.get("step", 0) <= step:
                 kept.append(line + "\n")
         fresh = self.path.with_suffix(".tmp")

@@ -14,25 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pyfinetune.errors import UserError
+from pyfinetune.train.search_space import UNION_TAGS, HpoSection, Range, with_values
+from pyfinetune.train.sources import CleanKind, Files, Replay, Source, WeightedSource
 
 Method = Literal["lora", "qlora", "full"]
-Task = Literal[
-    "auto",
-    "sft",
-    "pretrain",
-    "classification",
-    "token_classification",
-    "question_answering",
-    "summarization",
-    "translation",
-]
-# What `clean:` can drop; without it these rows are errors (the first three) or are reported.
-CleanKind = Literal["missing", "empty", "roles", "mojibake", "duplicate", "near_duplicate", "leak"]
-# A path, several, or a name to a path: line-aligned columns, or, for classification, a file for each label.
-Files = str | list[str] | dict[str, str]
 
 # Values that have a key of their own, so that one run has one answer to "where does it write, and from which seed".
 _OWNED_BY_CONFIG = {
@@ -44,80 +32,17 @@ _OWNED_BY_CONFIG = {
     "use_cpu": "device: cpu",
 }
 
+# What pydantic puts into a place for the branches of a union.
+_UNION_WORDS = ("str", *UNION_TAGS)
 
-class Source(BaseModel):
-    """Where rows come from: files, or a dataset's name, with what their columns mean.
-
-    Example:
-        >>> Source(train_file=["a.jsonl", "b.jsonl"]).train_files
-        ['a.jsonl', 'b.jsonl']
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    train_file: Files | None = None
-    validation_file: Files | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    dataset_train_split: str = "train"
-    dataset_test_split: str | None = None
-    columns: dict[str, str] = Field(default_factory=dict)
-    sample_by: Literal["auto", "line", "paragraph", "document"] = "auto"
-    task: Task = "auto"
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Source:
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ValueError("give exactly one of train_file (a path) and dataset_name (a dataset's name or folder)")
-        for key in ("dataset_config_name", "dataset_test_split"):
-            if getattr(self, key) is not None and self.dataset_name is None:
-                raise ValueError(f"{key} belongs to dataset_name, which is not set")
-        if self.validation_file is not None and self.dataset_test_split is not None:
-            raise ValueError("give validation_file or dataset_test_split, not both: each decides what is held out")
-        return self
-
-    @property
-    def train_files(self) -> list[str]:
-        """Paths of the training files, in order."""
-        return as_paths(self.train_file)
-
-    @property
-    def validation_files(self) -> list[str]:
-        """Paths of the held-out files, in order; empty when something else or nothing is held out."""
-        return as_paths(self.validation_file)
-
-    @property
-    def label(self) -> str:
-        """What to call it in a message."""
-        return self.dataset_name or ", ".join(self.train_files)
-
-
-class WeightedSource(Source):
-    """One of several sources, with its part in the mixture.
-
-    Example:
-        >>> WeightedSource(train_file="a.jsonl", weight=2).weight
-        2.0
-    """
-
-    weight: float | None = Field(default=None, gt=0)
-
-
-class Replay(Source):
-    """An older source, of which a share is mixed in so that it is not forgotten.
-
-    Example:
-        >>> Replay(train_file="old.jsonl", share=0.1).share
-        0.1
-    """
-
-    share: float = Field(gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _trained_only(self) -> Replay:
-        if self.validation_file is not None or self.dataset_test_split is not None:
-            raise ValueError("replay is trained on only; hold rows out of the other sources")
-        return self
+# A search compares trials by their held-out loss; these decide what that is, or where it is found.
+_NOT_SEARCHED = {
+    *("output_dir", "train_file", "validation_file", "dataset_name", "dataset_config_name", "test_size", "columns"),
+    *("sample_by", "task", "chat_template", "eos_token", "completion_only_loss", "max_length", "seed", "resume"),
+    *("dataset_train_split", "dataset_test_split", "sources", "stopping_strategy", "replay", "test_file"),
+    *("validation_size", "group_column", "clean", "hpo"),
+    *("report", "report_examples", "device", "patch", "trainer", "eval_steps", "save_steps"),
+}
 
 
 class RunConfig(Source):
@@ -164,6 +89,10 @@ class RunConfig(Source):
     early_stopping_patience: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
+    report: bool = True
+    report_examples: int = Field(default=3, ge=0, le=20)
+    hpo: HpoSection | None = None
+
     @field_validator("clean", mode="before")
     @classmethod
     def _kinds(cls, value: Any) -> Any:
@@ -199,7 +128,7 @@ class RunConfig(Source):
         split = self.test_size is not None or self.validation_size is not None
         if self.group_column is not None and not split:
             raise ValueError("group_column says how rows are parted; add test_size (for example 0.1)")
-        for key in ("early_stopping_patience", "eval_steps"):
+        for key in ("early_stopping_patience", "eval_steps", "hpo"):
             if getattr(self, key) is not None and not (given or split):
                 raise ValueError(f"{key} needs held-out rows; add validation_file or test_size (for example 0.1)")
         return self
@@ -297,6 +226,8 @@ def parse_config(content: dict[str, Any], source: str = "config") -> RunConfig:
     except ValidationError as error:
         raise _value_error(error, content, source) from None
     check_trainer_section(config.trainer, source)
+    if config.hpo is not None:
+        _check_search(config, content, source)
     return config
 
 
@@ -335,6 +266,26 @@ def check_trainer_section(section: dict[str, Any], source: str = "config") -> No
             )
 
 
+def takes_fractions(key: str) -> bool:
+    """Whether the values of a key are fractions, as a learning rate's are, or whole numbers, as a rank is.
+
+    Args:
+        key: a key, or `trainer.NAME` for one of transformers' training arguments.
+
+    Returns:
+        True for fractions.
+
+    Example:
+        >>> takes_fractions("lora_r"), takes_fractions("lora_alpha")
+        (False, True)
+    """
+    section, _, name = key.rpartition(".")
+    if section == "trainer":
+        return isinstance(_training_arguments()[name], float)
+    kind = RunConfig.model_fields[key].annotation
+    return float in (kind, *get_args(kind))
+
+
 def config_digest(config: RunConfig) -> dict[str, Any]:
     """Plain JSON values of a configuration, for `run.json` and for comparing two runs.
 
@@ -351,24 +302,19 @@ def config_digest(config: RunConfig) -> dict[str, Any]:
     return json.loads(config.model_dump_json())
 
 
-def as_paths(files: Files | None) -> list[str]:
-    """The paths of a key that takes one, several or named files.
-
-    Args:
-        files: the key's value.
-
-    Returns:
-        The paths, in order.
-
-    Example:
-        >>> as_paths({"de": "a.de", "en": "a.en"})
-        ['a.de', 'a.en']
-    """
-    if files is None:
-        return []
-    if isinstance(files, dict):
-        return list(files.values())
-    return [files] if isinstance(files, str) else list(files)
+def _check_search(config: RunConfig, content: dict[str, Any], source: str) -> None:
+    """Check that each searched key may be searched, and that the run takes each of its values."""
+    plain = {key: value for key, value in content.items() if key != "hpo"}
+    for key, space in config.hpo.search.items():
+        if key in _NOT_SEARCHED or key.startswith("hpo"):
+            raise UserError(
+                f"{source}: hpo: search: {key} cannot be searched: trials would not be comparable",
+                fix="search keys of the training, such as trainer.learning_rate or lora_r",
+            )
+        if (key.startswith("trainer.") and key.partition(".")[2] in config.trainer) or key in content:
+            raise UserError(f"{source}: {key} is set and searched", fix="keep one of the two")
+        for value in (space.low, space.high) if isinstance(space, Range) else space:
+            parse_config(with_values(plain, {key: value}), source=f"{source}: hpo: search: {key}: {value!r}")
 
 
 def _training_argument_names() -> set[str]:
@@ -398,12 +344,12 @@ def _unknown_key(key: str, source: str) -> UserError:
 def _value_error(error: ValidationError, content: dict[str, Any], source: str) -> UserError:
     problem = error.errors(include_url=False)[0]
     # A union's branches stand in the place as words of pydantic's own, such as `list[str]`.
-    place = [p for p in problem["loc"] if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float"))]
+    place = [p for p in problem["loc"] if isinstance(p, int) or ("[" not in p and p not in _UNION_WORDS)]
     key = _dotted(place)
     if problem["type"] == "missing":
         return UserError(f"{source}: {key} is missing", fix=f"add a line `{place[-1]}: ...`")
     if problem["type"] == "extra_forbidden":
-        known = (Replay if place[0] == "replay" else WeightedSource).model_fields
+        known = _section(place).model_fields
         fix = _nearest(str(place[-1]), known) or f"the known keys are {', '.join(known)}"
         return UserError(f"{source}: {_dotted(place[:-1])}: unknown key '{place[-1]}'", fix=fix)
     reason = problem["msg"].removeprefix("Value error, ")
@@ -413,6 +359,13 @@ def _value_error(error: ValidationError, content: dict[str, Any], source: str) -
         return UserError(f"{source}: {key}: {reason}", fix=f"edit {source}")
     given = problem["input"] if len(place) > 1 else content.get(key)
     return UserError(f"{source}: {key}: {given!r} will not do: {reason}", fix=f"correct the value of {key}")
+
+
+def _section(place: list[Any]) -> Any:
+    """The model that a key below a section belongs to."""
+    if place[0] == "hpo":
+        return Range if len(place) > 2 else HpoSection
+    return Replay if place[0] == "replay" else WeightedSource
 
 
 def _dotted(place: list[Any]) -> str:

@@ -6,14 +6,18 @@ schedule, the accumulation and the checkpoints are the Trainer's own.
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerState
 
-from pyfinetune.errors import UserError
+from pyfinetune.errors import PyfinetuneError, UserError
+from pyfinetune.train import checkpoints
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.packing import IGNORED, RowDataset, collate, is_flat
 
@@ -21,15 +25,20 @@ _MOST_STEPS_BETWEEN = 500  # between checkpoints of a long run
 
 
 class RunTrainer(Trainer):
-    """`transformers.Trainer` that counts the tokens it trains on and weighs held-out batches by their targets.
+    """`transformers.Trainer` that counts its tokens, weighs held-out batches by their targets, and saves whole or not.
 
     The Trainer's own held-out loss is the mean over batches of each batch's mean, so that a token in a short answer
     counts for more than one in a long answer; here it is the mean over tokens: sum_t loss_t / number of targets.
+
+    Its own checkpoints are written in place; here they are written into a folder aside, which `checkpoints` seals and
+    renames.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tokens_seen = 0
+        self._run_dir: str | None = None  # where a checkpoint is being written, while it is
+        self._to_push: str | None = None
         if not self.model_accepts_loss_kwargs:  # a model that averages each batch by itself, whatever the accumulation
             self.compute_loss_func = _token_weighted_loss
 
@@ -68,6 +77,128 @@ class RunTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
         return output
 
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        return self._run_dir or super()._get_output_dir(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._run_dir is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:  # the upload goes on in the background, and this folder is about to be renamed
+            self._to_push = checkpoint_folder
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint aside, every process its part; then one process seals it and gives it its name."""
+        out = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = out / checkpoints.SAVING / name, out / name
+        if self.args.should_save:
+            checkpoints.clear_leftovers(out)
+        self.accelerator.wait_for_everyone()
+        self._run_dir = str(staged.parent)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+                checkpoints.seal(staged, self.state.global_step)
+                checkpoints.sync_files(out)  # the records up to here are on the disk before the checkpoint is
+                checkpoints.publish(staged, final)
+        except OSError as error:
+            raise PyfinetuneError(
+                f"{final} could not be written: {error.strerror or error}. The checkpoints before it are whole: make"
+                " room, and run the same command to go on from the newest"
+            ) from error
+        finally:
+            self._run_dir = None
+        if self.args.should_save:
+            checkpoints.rotate(out, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self._to_push is not None:
+            self._to_push = None
+            super()._push_from_checkpoint(str(final))
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        flaw = checkpoints.find_flaw(best)
+        if flaw is not None:
+            raise PyfinetuneError(
+                f"{best}, which has the best held-out loss, is damaged: {flaw}. Delete that folder, and the same"
+                " command takes the weights of the last checkpoint instead"
+            )
+        super()._load_best_model()
+
+    def finish_from(self, checkpoint: Path) -> None:
+        """Take over the weights and the records of a run that had nothing left to train when it was killed.
+
+        Args:
+            checkpoint: its last checkpoint. `train` would take one step more from it.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+
+
+class LossSoFar(TrainerCallback, ExportableState):
+    """Carries what was summed up since the last record over into a resumed run, whose next record is then the same."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        if not hasattr(self.trainer, "_tr_loss"):
+            return {"args": {}, "attributes": {}}
+        sums = {"loss": float(self.trainer._tr_loss), "last_logged": self.trainer._globalstep_last_logged}
+        return {"args": {}, "attributes": sums}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sums = _saved_attributes(state.stateful_callbacks, "LossSoFar")
+        if state.global_step > 0 and sums and hasattr(self.trainer, "_tr_loss"):
+            self.trainer._tr_loss += sums["loss"]
+            self.trainer._globalstep_last_logged = sums["last_logged"]
+            self.trainer._total_loss_scalar -= sums["loss"]  # the mean of this session leaves it out
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """`EarlyStoppingCallback` that goes on counting where the checkpoint's count stood."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = _evaluations_without_gain(state.stateful_callbacks)
+
+
+def nothing_left(checkpoint: Path, steps: int, early_stopping_patience: int | None = None) -> bool:
+    """Whether a run that was killed had trained all it was to train.
+
+    Args:
+        checkpoint: its last whole checkpoint.
+        steps: optimizer steps of the whole run.
+        early_stopping_patience: evaluations without a better held-out loss before it stops, or None.
+
+    Returns:
+        True when it only has to be saved.
+
+    Example:
+        >>> nothing_left(Path("out/checkpoint-40"), 40)  # doctest: +SKIP
+        True
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["global_step"] >= steps:
+        return True
+    count = _evaluations_without_gain(state["stateful_callbacks"])
+    return early_stopping_patience is not None and count >= early_stopping_patience
+
+
+def _evaluations_without_gain(saved: dict[str, Any]) -> int:
+    return _saved_attributes(saved, "EarlyStopping").get("early_stopping_patience_counter", 0)
+
+
+def _saved_attributes(saved: dict[str, Any], name: str) -> dict[str, Any]:
+    return saved.get(name, {}).get("attributes", {})
+
 
 def training_arguments(
     config: RunConfig, *, train_rows: int, held_out: bool, bf16: bool = False, from_start: bool = True
@@ -103,7 +234,6 @@ def training_arguments(
         "logging_first_step": True,
         "save_total_limit": 3,
         "remove_unused_columns": False,
-        "restore_callback_states_from_checkpoint": config.early_stopping_patience is not None,
         "dataloader_pin_memory": torch.cuda.is_available() and config.device != "cpu",
         "bf16": bf16,
     }
@@ -111,7 +241,7 @@ def training_arguments(
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if given.get("fp16"):
         values.pop("bf16")
-    values |= given
+    values |= given | {"restore_callback_states_from_checkpoint": False}  # ours restore themselves
     try:
         plan = {name: value for name, value in values.items() if name != "load_best_model_at_end"}
         steps = total_steps(TrainingArguments(**plan), train_rows)
@@ -191,7 +321,7 @@ def build_trainer(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     flat = is_flat(getattr(model.config, "_attn_implementation", None))
     if early_stopping_patience is not None:
-        callbacks = [EarlyStoppingCallback(early_stopping_patience), *(callbacks or [])]
+        callbacks = [EarlyStopping(early_stopping_patience), *(callbacks or [])]
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
         # The embedding is frozen, and a checkpointed layer whose input needs no gradient passes none back.
         model.enable_input_require_grads()
@@ -205,6 +335,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LossSoFar(trainer))
     return trainer
 
 

@@ -5,9 +5,11 @@ Written when the training starts (status `running`) and again when it ends (`com
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
+from pyfinetune.train.config import RunConfig, config_digest
 from pyfinetune.train.data import hash_files
 
 _PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -50,6 +53,24 @@ _FIXED = (
     "lora_dropout",
     "target_modules",
     "seed",
+)
+# What the reader of a report looks for first among the Trainer's arguments.
+_NOTABLE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "save_steps",
+    "eval_steps",
+    "logging_steps",
 )
 _FIXED_TRAINER = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "data_seed")
 
@@ -112,6 +133,113 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{pf.info()['cpu']['model']}, {torch.get_num_threads()} threads"
+
+
+def describe_run(config: RunConfig, device: torch.device, data: dict[str, Any], model: Any) -> dict[str, Any]:
+    """What a run is made of, before it starts.
+
+    Args:
+        config: the run's configuration.
+        device: where the run is.
+        data: digest, format and counts of its rows.
+        model: the model as it will be trained.
+
+    Returns:
+        The content of `run.json`, but for the kernels and what comes of the run.
+
+    Example:
+        >>> describe_run(config, device, data, model)["seed"]  # doctest: +SKIP
+        42
+    """
+    parameters = list(model.parameters())
+    held_out = {"held_out_sha256": hash_files(config.validation_files)} if config.validation_files else {}
+    return {
+        "status": "running",
+        "started": now(),
+        "versions": versions(),
+        "device": device_name(device),
+        "machine": _machine(),
+        "seed": config.seed,
+        "working_directory": os.getcwd(),
+        "config": config_digest(config),
+        "model": {
+            **model_identity(config.model_name_or_path, model.config),
+            "dtype": str(model.config.dtype).removeprefix("torch."),
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "data": {**data, **held_out},
+    }
+
+
+def notable_arguments(arguments: Any, section: Iterable[str] = ()) -> dict[str, Any]:
+    """The Trainer's arguments as they were resolved.
+
+    Args:
+        arguments: `TrainingArguments`.
+        section: names that the section `trainer:` sets.
+
+    Returns:
+        What decides the training, and what was set.
+
+    Example:
+        >>> notable_arguments(TrainingArguments("out"))["learning_rate"]  # doctest: +SKIP
+        5e-05
+    """
+    values = arguments.to_dict()
+    return {name: values[name] for name in dict.fromkeys([*_NOTABLE, *section]) if name in values}
+
+
+def compare_runs(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What may keep a repeated run from ending at the same bits.
+
+    Args:
+        earlier: `run.json` of the run that is repeated.
+        now: what `describe_run` says of this one.
+
+    Returns:
+        A warning for each difference, or one sentence saying that there is none.
+
+    Example:
+        >>> compare_runs({}, {})
+        ['the same data, model, versions and machine as in the run that is repeated']
+    """
+
+    def at(record: dict[str, Any], path: str) -> Any:
+        for part in path.split("/"):
+            record = record.get(part) or {}
+        return record or None
+
+    names = {
+        "data/sha256": "the training data",
+        "data/held_out_sha256": "the held-out data",
+        "model/sha256": "the model's weights",
+        "model/commit": "the model's commit",
+        "kernels/swapped": "the number of modules on fast kernels",
+        "device": "the device",
+        **{f"machine/{key}": f"the machine's {key}" for key in now.get("machine", {})},
+    }
+    packages = sorted({*earlier.get("versions", {}), *now.get("versions", {})})
+    names |= {f"versions/{name}": f"the version of {name}" for name in packages}
+    found = [
+        f"warning: {words} differs from the run that is repeated: {at(earlier, path)} there, {at(now, path)} here"
+        for path, words in names.items()
+        if at(earlier, path) != at(now, path)
+    ]
+    return found or ["the same data, model, versions and machine as in the run that is repeated"]
+
+
+def now() -> str:
+    """The time, in UTC.
+
+    Returns:
+        As ISO 8601, to the second.
+
+    Example:
+        >>> now()[-6:]
+        '+00:00'
+    """
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
@@ -198,3 +326,17 @@ def check_same_run(earlier: dict[str, Any] | None, config: dict[str, Any], data_
             f"output_dir: {output_dir} holds a run on other training data: the contents of the files changed",
             fix="set another output_dir, or put the data back",
         )
+
+
+def _machine() -> dict[str, Any]:
+    facts = pf.info()
+    cpu = facts["cpu"]
+    found = {
+        "platform": facts["platform"],
+        "processor": cpu["model"],
+        "instruction set": cpu["isa"],
+        "cores": cpu["cores"],
+        "threads": torch.get_num_threads(),
+        "memory, GiB": cpu["memory_gb"],
+    }
+    return found | ({"GPUs": [str(gpu.get("name", gpu)) for gpu in facts["gpus"]]} if facts["gpus"] else {})

@@ -38,24 +38,24 @@ def rows_lines(counts: dict[str, dict[str, int]], max_length: int) -> list[str]:
     return lines
 
 
-def result_lines(result: TrainResult, config_path: str) -> list[str]:
+def result_lines(result: TrainResult, command: str) -> list[str]:
     """What a person wants to know at the end of a run.
 
     Args:
         result: what `run.train` returned.
-        config_path: the YAML file, for the command that goes on.
+        command: the command that goes on.
 
     Returns:
         Lines of text.
 
     Example:
-        >>> result_lines(result, "run.yaml")[-1]  # doctest: +SKIP
+        >>> result_lines(result, "pyfinetune train run.yaml")[-1]  # doctest: +SKIP
         'saved: out'
     """
     if result.interrupted:
         return [
             f"stopped at step {result.steps}; a checkpoint is in {result.output_dir}",
-            f"go on with: pyfinetune train {config_path}",
+            f"go on with: {command}",
         ]
     lines = [
         f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.1f} s"

@@ -9,9 +9,9 @@ The output folder holds the Trainer's checkpoints as they are, the trained adapt
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train import checkpoints, manifest
+from pyfinetune.train import card, checkpoints, manifest, results
 from pyfinetune.train.config import RunConfig, config_digest
 from pyfinetune.train.model import add_adapters, choose_device, load_model
 from pyfinetune.train.packing import check_isolation, is_flat
@@ -130,6 +130,8 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
         >>> find_start(config, "", print)  # doctest: +SKIP
         PosixPath('out/checkpoint-40')
     """
+    if os.environ.get("RANK", "0") == "0":
+        checkpoints.clear_leftovers(Path(config.output_dir))
     existing = checkpoints.list_checkpoints(config.output_dir)
     if config.resume not in ("auto", "never"):
         return checkpoints.check_resume_path(config.resume)
@@ -149,12 +151,19 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
     return found
 
 
-def train(config: RunConfig, console: Console | None = None) -> TrainResult:
+def train(
+    config: RunConfig,
+    console: Console | None = None,
+    repeats: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainResult:
     """Run a fine-tuning from its configuration to its output folder.
 
     Args:
         config: what `config.load_config` or `config.parse_config` returned.
         console: where messages and the progress bar go; standard error by default.
+        repeats: `run.json` of the run that this one repeats, or None; what differs is said.
+        callbacks: further `TrainerCallback`s.
 
     Returns:
         What came of it.
@@ -185,7 +194,7 @@ def train(config: RunConfig, console: Console | None = None) -> TrainResult:
     model, report = prepare_model(config, device)
     if report is not None and report.rows:
         _say(console, str(report))
-    return _fit(config, console, device, data, rows, tokenizer, model, report, start)
+    return _fit(config, console, device, data, rows, tokenizer, model, report, start, repeats, callbacks)
 
 
 def _fit(
@@ -198,9 +207,11 @@ def _fit(
     model: Any,
     report: Any,
     start: Path | None,
+    repeats: dict[str, Any] | None,
+    callbacks: Sequence[Any],
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
-    from pyfinetune.train.loop import build_trainer, training_arguments
+    from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
 
     out = Path(config.output_dir)
     arguments = training_arguments(
@@ -219,26 +230,41 @@ def _fit(
         tokenizer=tokenizer,
         max_length=config.max_length,
         early_stopping_patience=config.early_stopping_patience,
-        callbacks=[metrics, bar, stop],
+        callbacks=[metrics, bar, stop, *callbacks],
     )
     metrics.trainer = trainer
-    record = _record(config, device, data, rows, model, report)
+    record = manifest.describe_run(config, device, {"sha256": data.sha256, "format": data.format, **rows.counts}, model)
+    record["training_arguments"] = manifest.notable_arguments(arguments, config.trainer)
+    record["kernels"] = {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json())
     is_main = trainer.is_world_process_zero()
     if is_main:
         _say(console, _model_line(record))
+        for sentence in manifest.compare_runs(repeats, record) if repeats else []:
+            _say(console, sentence)
         manifest.write_manifest(out / "run.json", record)
         metrics.keep_until(-1 if start is None else int(start.name.rsplit("-", 1)[-1]))
+        results.answer_before(config, model, tokenizer, rows.held_out or rows.train, anew=start is None)
+    steps = total_steps(arguments, len(rows.train))
+    outcome = None
     try:
-        outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if start is not None and nothing_left(start, steps, config.early_stopping_patience):
+            trainer.finish_from(start)
+        else:
+            outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         bar.close()
         stop.close()
     result = _result(config, trainer, outcome, metrics, start, interrupted=stop.signal is not None)
-    if not result.interrupted and is_main:
-        save_final(model, tokenizer, out)
     if is_main:
-        record |= {"status": "interrupted" if result.interrupted else "complete", "finished": _now()}
-        manifest.write_manifest(out / "run.json", record | {"result": dataclasses.asdict(result)})
+        record |= {"status": "interrupted" if result.interrupted else "complete", "finished": manifest.now()}
+        record |= {"result": dataclasses.asdict(result)}
+        if not result.interrupted:
+            save_final(model, tokenizer, out)
+            (out / "README.md").write_text(card.model_card(record), encoding="utf-8")
+            checkpoints.sync_files(out)
+        manifest.write_manifest(out / "run.json", record)
+        if not result.interrupted and config.report:
+            results.finish_report(config, model, tokenizer, lambda message: _say(console, message))
     return result
 
 
@@ -274,7 +300,7 @@ def _result(
         steps=trainer.state.global_step,
         interrupted=interrupted and trainer.state.global_step < trainer.state.max_steps,
         resumed_from=str(start) if start else None,
-        train_loss=outcome.training_loss,
+        train_loss=outcome and outcome.training_loss,
         eval_loss_before=before.get("eval_loss"),
         eval_loss=final and final["eval_loss"],
         perplexity_before=before.get("eval_perplexity"),
@@ -282,28 +308,8 @@ def _result(
         tokens=trainer.tokens_seen,
         tokens_per_second=round(metrics.session_rate, 1),
         peak_memory_gb=round(metrics.peak_memory_gb, 3),
-        seconds=round(outcome.metrics.get("train_runtime", 0.0), 3),
+        seconds=round(outcome.metrics.get("train_runtime", 0.0), 3) if outcome else 0.0,
     )
-
-
-def _record(config: RunConfig, device: torch.device, data: Data, rows: Rows, model: Any, report: Any) -> dict[str, Any]:
-    parameters = list(model.parameters())
-    return {
-        "status": "running",
-        "started": _now(),
-        "versions": manifest.versions(),
-        "device": manifest.device_name(device),
-        "seed": config.seed,
-        "config": config_digest(config),
-        "model": {
-            **manifest.model_identity(config.model_name_or_path, model.config),
-            "dtype": str(model.config.dtype).removeprefix("torch."),
-            "attn_implementation": getattr(model.config, "_attn_implementation", None),
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        },
-        "data": {"sha256": data.sha256, "format": data.format, **rows.counts},
-        "kernels": {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json()),
-    }
 
 
 def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: Data) -> bool:
@@ -322,7 +328,3 @@ def _model_line(record: dict[str, Any]) -> str:
 
 def _say(console: Console, message: str) -> None:
     console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,10 +1,14 @@
-"""A few held-out questions, and what the model answers."""
+"""A few held-out questions, and what the model answers before and after."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ import torch
 _LONGEST_QUESTION, _LONGEST_TRUTH = 40, 32  # tokens; three fit on a screen
 _NEW_TOKENS = 40
 _CONTINUED_FROM = 24  # of raw text, which has no question, the model is given this many tokens
+_FILE = "examples.json"
 
 
 @dataclass
@@ -66,13 +71,14 @@ def choose(rows: Sequence[Sequence[Any]], tokenizer: Any, seed: int, count: int 
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
+def answer(model: Any, tokenizer: Any, prompt: list[int], seconds: float | None = None) -> str:
     """The model's most likely answer, token by token.
 
     Args:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer.
         prompt: token ids.
+        seconds: no further token is begun after so many; None waits.
 
     Returns:
         At most 40 tokens as one line of text.
@@ -93,6 +99,62 @@ def answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
         use_cache=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
+        **({} if seconds is None else {"max_time": seconds}),
     )
     model.train(was_training)
     return " ".join(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).split())
+
+
+def answer_all(samples: list[Sample], when: str, model: Any, tokenizer: Any, seconds: float = 60.0) -> None:
+    """Answer each question, within a time, without a trace in the randomness of the training.
+
+    Args:
+        samples: the questions; their answers are set.
+        when: `before` or `after`.
+        model: as it is then.
+        tokenizer: its tokenizer.
+        seconds: for all of them; a question whose turn never came keeps the empty answer.
+
+    Example:
+        >>> answer_all(samples, "before", model, tokenizer)  # doctest: +SKIP
+    """
+    end = time.monotonic() + seconds
+    with torch.random.fork_rng(devices=[]):
+        for sample in samples:
+            left = end - time.monotonic()
+            if left > 0:
+                setattr(sample, when, answer(model, tokenizer, sample.prompt, left))
+
+
+def save_samples(samples: list[Sample], output_dir: str | Path) -> None:
+    """Write the questions and answers beside a run's results, as `examples.json`.
+
+    Args:
+        samples: questions and answers.
+        output_dir: the run's output folder.
+
+    Example:
+        >>> save_samples(samples, "out")  # doctest: +SKIP
+    """
+    content = json.dumps([dataclasses.asdict(sample) for sample in samples], indent=1, ensure_ascii=False)
+    (Path(output_dir) / _FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def read_samples(output_dir: str | Path) -> list[Sample]:
+    """Read what `save_samples` wrote.
+
+    Args:
+        output_dir: the run's output folder.
+
+    Returns:
+        The questions and answers; none where there is no such file, or half of one.
+
+    Example:
+        >>> read_samples("no-such-folder")
+        []
+    """
+    path = Path(output_dir) / _FILE
+    try:
+        return [Sample(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []

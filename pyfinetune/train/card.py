@@ -1,0 +1,119 @@
+"""The model card: README.md of the output folder, with the front matter that the hub and PEFT read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "datasets", "tokenizers")
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Write a run's model card.
+
+    Args:
+        record: the content of `run.json`, with its result.
+
+    Returns:
+        Markdown with YAML front matter.
+
+    Example:
+        >>> model_card(record).splitlines()[0]  # doctest: +SKIP
+        '---'
+    """
+    config, data, model, result = (record[key] for key in ("config", "data", "model", "result"))
+    name, base = Path(config["output_dir"]).name, model["name_or_path"]
+    full = config["method"] == "full"
+    what = "All weights of" if full else f"A LoRA adapter (rank {config['lora_r']}) for"
+    train = data["train"]
+    lines = [
+        f"---\n{_front_matter(record, name)}\n---",
+        f"# {_plain(name)}",
+        f"{what} {_code(base)}, trained with pyfinetune ({config['method']}).",
+        "## Use",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({config['output_dir']!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({config['output_dir']!r})\n```",
+        *(["The base was in 4 bits (NF4) while the adapter learned."] if config["method"] == "qlora" else []),
+        "## Training data",
+        f"{_sources(config)}: {train['examples']:,} examples, {train['tokens']:,} tokens, of which"
+        f" {train['learned_tokens']:,} are learned, as {train['rows']:,} rows of up to {config['max_length']:,} tokens"
+        f" ({data['format']}; SHA-256 `{data['sha256']}`).",
+        *_cut(train),
+        "## Results",
+        _results(record),
+        "## Versions",
+        "\n".join(f"- {name} {record['versions'][name]}" for name in _PACKAGES if name in record["versions"]),
+        f"Trained for {result['steps']:,} steps on {_plain(record['device'])}, seed {record['seed']}. `run.json` holds"
+        " every setting; `pyfinetune train --from run.json` repeats the run.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _front_matter(record: dict[str, Any], name: str) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    config, result = record["config"], record["result"]
+    base, method = record["model"]["name_or_path"], config["method"]
+    full = method == "full"
+    dataset = config["dataset_name"] or ", ".join(Path(file).name for file in _files(config))
+    metrics = {"loss": result["eval_loss"], "perplexity": result["perplexity"]}
+    evaluated = [
+        EvalResult("text-generation", config["dataset_name"] or "custom", f"{dataset} (held out)", metric, value)
+        for metric, value in metrics.items()
+        if value is not None
+    ]
+    tags = ["pyfinetune", method, *([] if full else ["lora", f"base_model:adapter:{base}"])]
+    facts = ModelCardData(
+        base_model=base,
+        library_name="transformers" if full else "peft",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(tags)),
+        datasets=[config["dataset_name"]] if _on_the_hub(config["dataset_name"]) else None,
+        metrics=list(metrics) if evaluated else None,
+        model_name=name,
+        eval_results=evaluated or None,
+    )
+    return facts.to_yaml()
+
+
+def _on_the_hub(dataset_name: str | None) -> bool:
+    return dataset_name is not None and not Path(dataset_name).exists()
+
+
+def _files(config: dict[str, Any]) -> list[str]:
+    given = config["train_file"] or []
+    return [given] if isinstance(given, str) else given
+
+
+def _sources(config: dict[str, Any]) -> str:
+    return ", ".join(_code(source) for source in [*_files(config), *filter(None, [config["dataset_name"]])])
+
+
+def _cut(train: dict[str, int]) -> list[str]:
+    if not (train["cut_short"] or train["dropped"]):
+        return []
+    return [f"{train['cut_short']:,} answers were cut short, and {train['dropped']:,} rows left out, by that length."]
+
+
+def _results(record: dict[str, Any]) -> str:
+    result = record["result"]
+    if result["eval_loss"] is None:
+        return "Nothing was held out, so nothing was measured."
+    rows = ["| held-out rows | base model | this model |", "|---|---|---|"]
+    pairs = (("loss per token", "eval_loss_before", "eval_loss"), ("perplexity", "perplexity_before", "perplexity"))
+    for words, before, after in pairs:
+        first = "" if result[before] is None else f"{result[before]:.4f}"
+        rows.append(f"| {words} | {first} | {result[after]:.4f} |")
+    return "\n".join(rows)
+
+
+def _plain(text: str) -> str:
+    """Text on one line, in which nothing is markup."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>#|!" else c for c in " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Text on one line as code, whatever is in it."""
+    line = " ".join(str(text).split())
+    return f"`` {line} ``" if "`" in line else f"`{line}`"

@@ -277,7 +277,7 @@ def _cleaned(
 def _split(
     parts: list[_Part], held: list[list[Example]], config: RunConfig
 ) -> tuple[list[list[Example]], list[Example], list[Example]]:
-    """Training examples of each source, and the held-out and test examples of all of them.
+    """Training examples of each source, and the held-out and test examples of all of them; sizes are a source's own.
 
     The older source of `replay:` is not split: what is held out tells how well the new rows are learned.
     """

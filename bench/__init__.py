@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pyfinetune.errors import UserError
@@ -24,6 +25,18 @@ def op_names() -> list[str]:
     return sorted(name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX))
 
 
+def module_of(op: str) -> ModuleType:
+    """The module with an op's cases.
+
+    Raises:
+        UserError: the op has no benchmark.
+    """
+    known = op_names()
+    if op not in known:
+        raise UserError(f"bench: there is no benchmark for {op!r}", fix=f"choose from: {', '.join(known)}")
+    return importlib.import_module(f"{__name__}.{_PREFIX}{op}")
+
+
 def cases_of(ops: list[str], quick: bool = False) -> list[Case]:
     """The cases of the ops, in the order asked for; all ops when the list is empty.
 
@@ -34,10 +47,4 @@ def cases_of(ops: list[str], quick: bool = False) -> list[Case]:
     Raises:
         UserError: an op has no benchmark.
     """
-    known = op_names()
-    cases = []
-    for op in ops or known:
-        if op not in known:
-            raise UserError(f"bench: there is no benchmark for {op!r}", fix=f"choose from: {', '.join(known)}")
-        cases += importlib.import_module(f"{__name__}.{_PREFIX}{op}").cases(quick)
-    return cases
+    return [case for op in ops or op_names() for case in module_of(op).cases(quick)]

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 import pyfinetune as pf
-from pyfinetune.bench import peers
+from pyfinetune.bench import fused_peers, peers
 from pyfinetune.bench.checks import close_to_exact
-from pyfinetune.bench.harness import OURS, Case, Setup, Target
+from pyfinetune.bench.harness import OURS, Case, Passes, Setup, Target
+from pyfinetune.bench.peer_names import COMPILED, EAGER, TRL_HEAD
+from pyfinetune.bench.shapes import Sizes
 
 _IGNORED = -100
 _FORWARD, _BACKWARD = 1.5, 2.0  # how much worse than torch's eager code in the same dtype a result may be
-_TRL = "TRL's fused head"
 _TRL_CHUNK = 32768  # entries of the vocabulary at a time, as its trainers have it
 
 
@@ -57,13 +58,13 @@ def build(
     weight = torch.randn(vocab, width, device=device).mul_(width**-0.5).to(dtype).requires_grad_(trains)
     labels = torch.randint(vocab, (tokens,), device=device)
     labels[: int(tokens * ignored)] = _IGNORED  # prompts, on which nothing is trained
-    losses, missing = {OURS: _ours, "eager": _eager, **(more or {})}, {}
+    losses, missing = {OURS: _ours, EAGER: _eager, **(more or {})}, {}
     why = peers.why_missing("trl")
     if why:
-        missing[_TRL] = why
+        missing[TRL_HEAD] = why
     else:
         module = importlib.import_module("trl.kernels.chunked_logprob")
-        losses[_TRL] = functools.partial(_trl, module.ChunkedLogProbFunction)
+        losses[TRL_HEAD] = functools.partial(_trl, module.ChunkedLogProbFunction)
 
     def results(loss_of, hidden, weight):
         """The loss of each token, and the gradients of their mean."""
@@ -83,16 +84,29 @@ def build(
         count = len(exact)
         return close_to_exact(results(loss_of, hidden, weight), exact, eager, names[:count], factors[:count])
 
-    def run(loss_of, _round):
-        return torch.autograd.grad(_call(loss_of, hidden, weight, labels), [hidden, weight] if trains else [hidden])
+    def backward(_number, loss):
+        return torch.autograd.grad(loss, [hidden, weight] if trains else [hidden])
 
+    def forward(loss_of, _number=0):
+        return _call(loss_of, hidden, weight, labels)
+
+    halves = {name: functools.partial(forward, loss_of) for name, loss_of in losses.items()}
     return Setup(
-        {name: functools.partial(run, loss_of) for name, loss_of in losses.items()},
+        {name: Passes(half, backward) for name, half in halves.items()},
         {name: functools.partial(check, loss_of) for name, loss_of in losses.items()},
         missing,
         inputs=[hidden, weight, labels],
-        forward={name: functools.partial(_call, loss_of, hidden, weight, labels) for name, loss_of in losses.items()},
+        forward=halves,
     )
+
+
+def _build(device: torch.device, sizes: tuple, dtype: torch.dtype, ignored: float, trains: bool) -> Setup:
+    """`build` with what torch compiles, and the peers of other packages."""
+    others, missing = fused_peers.functions("head", device)
+    more = {COMPILED: fused_peers.compiled(_eager), **others}
+    setup = build(device, sizes, dtype, ignored, trains, more)
+    setup.missing |= missing
+    return setup
 
 
 def _call(loss_of, hidden, weight, labels):
@@ -106,6 +120,7 @@ def _case(
     dtype: torch.dtype = torch.bfloat16,
     ignored: float = 0.0,
     trains: bool = False,
+    **more,
 ) -> Case:
     tokens, width, vocab = sizes
     kept = tokens - int(tokens * ignored)
@@ -113,11 +128,12 @@ def _case(
     return Case(
         "linear_cross_entropy",
         name + (f", {ignored:.0%} ignored" if ignored else "") + (", head trains" if trains else ""),
-        functools.partial(build, sizes=sizes, dtype=dtype, ignored=ignored, trains=trains),
+        functools.partial(_build, sizes=sizes, dtype=dtype, ignored=ignored, trains=trains),
         flops=2.0 * (3 if trains else 2) * kept * width * vocab,
         dtype=dtype,
         bytes=float(vocab * width * dtype.itemsize * (2 if trains else 1)),
         target=target,
+        **more,
     )
 
 
@@ -133,8 +149,15 @@ def cases(quick: bool = False) -> list[Case]:
         ]
     sizes = (1024, 576, 49152)
     return [
-        _case(sizes, Target(1.9, 1.2)),
+        _case(sizes, Target(1.9, 1.2), compiled=True),
         _case(sizes, Target(4.5, 2.8), ignored=0.6),
         _case(sizes, trains=True),
         _case(sizes, dtype=torch.float32),
     ]
+
+
+def shaped(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """The cases of a model's head, or of M rows, a width of K and a vocabulary of N."""
+    width, vocab = (sizes.model.hidden, sizes.model.vocab) if sizes.model else (sizes.inner, sizes.out)
+    dimensions = (sizes.tokens, width, vocab)
+    return [_case(dimensions, dtype=dtype), _case(dimensions, dtype=dtype, ignored=0.6)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 import pyfinetune as pf
 from pyfinetune.bench import peers
-from pyfinetune.bench.bench_nf4 import packed_bytes
+from pyfinetune.bench.bench_nf4 import named, packed_bytes
 from pyfinetune.bench.ceilings import sets_beyond_cache
 from pyfinetune.bench.checks import close_to_exact
-from pyfinetune.bench.harness import OURS, Case, Setup, Target
+from pyfinetune.bench.harness import OURS, Case, Passes, Setup, Target
+from pyfinetune.bench.peer_names import BITSANDBYTES, PEFT, PEFT_4BIT
+from pyfinetune.bench.shapes import Sizes, short
 from pyfinetune.ops._philox import dropout as philox_dropout
 
 _RANK = 16
@@ -39,13 +42,15 @@ def _with_grads(function, leaves, dout):
     return [y.detach(), *grads]
 
 
-def build_forward(device: torch.device, rows: int, size: int) -> Setup:
+def build_forward(
+    device: torch.device, rows: int, size: int, out: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Setup:
     """A frozen 4-bit linear layer as a training step calls it: gradients on, in training mode."""
-    memory_bound = rows < 128
-    count = sets_beyond_cache(int(packed_bytes(size)), device) if memory_bound else 2
-    weights = [torch.randn(size, size, device=device).mul_(0.02).bfloat16() for _ in range(count)]
+    memory_bound, shape = rows < 128, (out or size, size)
+    count = sets_beyond_cache(int(packed_bytes(math.prod(shape))), device) if memory_bound else 2
+    weights = [torch.randn(shape, device=device).mul_(0.02).to(dtype) for _ in range(count)]
     packed = [pf.ops.quantize_4bit(weight) for weight in weights]
-    x = torch.randn(rows, size, device=device).bfloat16().requires_grad_()
+    x = torch.randn(rows, size, device=device).to(dtype).requires_grad_()
 
     def ours(i):
         with torch.enable_grad():
@@ -54,7 +59,7 @@ def build_forward(device: torch.device, rows: int, size: int) -> Setup:
     calls, missing = {OURS: ours}, {}
     why = peers.why_missing("bitsandbytes")
     if why:
-        missing["bitsandbytes"] = why
+        missing[BITSANDBYTES] = why
     else:
         layers = [peers.bnb_linear(weight) for weight in weights]
 
@@ -62,7 +67,7 @@ def build_forward(device: torch.device, rows: int, size: int) -> Setup:
             with torch.enable_grad():
                 return layers[i % count](x)
 
-        calls["bitsandbytes"] = bitsandbytes
+        calls[BITSANDBYTES] = bitsandbytes
 
     dense = pf.ops.dequantize_4bit(packed[0])
     exact, eager = x.detach().double() @ dense.double().T, x.detach() @ dense.T
@@ -73,16 +78,26 @@ def build_forward(device: torch.device, rows: int, size: int) -> Setup:
     return Setup(calls, {name: check(call) for name, call in calls.items()}, missing)
 
 
-def build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, dropout: float, dora: bool) -> Setup:
+def build_adapter(
+    device: torch.device,
+    rows: int,
+    size: int,
+    four_bit: bool,
+    dropout: float,
+    dora: bool,
+    out: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Setup:
     """A layer with an adapter, forward and backward: gradients of x and of every parameter that trains.
 
     The adapter is float32 on a bfloat16 base, which is what PEFT makes by default.
     """
-    weight = torch.randn(size, size, device=device).mul_(0.02).bfloat16()
-    x = torch.randn(rows, size, device=device).bfloat16().requires_grad_()
-    dout = torch.randn(rows, size, device=device).bfloat16()
+    wide = out or size
+    weight = torch.randn(wide, size, device=device).mul_(0.02).to(dtype)
+    x = torch.randn(rows, size, device=device).to(dtype).requires_grad_()
+    dout = torch.randn(rows, wide, device=device).to(dtype)
     a = torch.randn(_RANK, size, device=device).mul_(size**-0.5).requires_grad_()
-    b = torch.randn(size, _RANK, device=device).mul_(0.02).requires_grad_()
+    b = torch.randn(wide, _RANK, device=device).mul_(0.02).requires_grad_()
     base = pf.ops.quantize_4bit(weight) if four_bit else weight
     dense = pf.ops.dequantize_4bit(base) if four_bit else weight
     m = (dense.float().norm(dim=1) * 1.1).requires_grad_() if dora else None
@@ -90,10 +105,6 @@ def build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, dr
 
     def ours_forward(x=x, a=a, b=b, m=m, seed=None):
         return pf.ops.lora_linear(x, base, a, b, SCALING, dropout_p=dropout, seed=seed, magnitude=m)
-
-    def ours(i):
-        with torch.enable_grad():
-            return torch.autograd.grad(ours_forward(), leaves, dout)
 
     names = ["y", "dx", "d_lora_a", "d_lora_b", "d_magnitude"][: len(leaves) + 1]
     factors = [_FORWARD, *[_BACKWARD] * len(leaves)]
@@ -105,7 +116,7 @@ def build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, dr
             return _plain(x, dense, a, b, keep, m)
 
         exact = _with_grads(plain, [leaf.double() for leaf in leaves], dout)
-        eager = _with_grads(plain, [leaf.bfloat16() for leaf in leaves], dout)
+        eager = _with_grads(plain, [leaf.to(dtype) for leaf in leaves], dout)
         return close_to_exact(got, exact, eager, names, factors)
 
     def check_ours():
@@ -117,8 +128,8 @@ def build_adapter(device: torch.device, rows: int, size: int, four_bit: bool, dr
         )
         return judge(_with_grads(functools.partial(_call_in_order, ours_forward, seed=seed), leaves, dout), keep)
 
-    setup = Setup({OURS: ours}, {OURS: check_ours}, inputs=[*leaves, dout, weight, *_tensors(base)])
-    setup.forward[OURS] = _enabled(ours_forward)
+    setup = Setup({}, {OURS: check_ours}, inputs=[*leaves, dout, weight, *_tensors(base)])
+    _add_halves(setup, OURS, ours_forward, leaves, [dout])
     _add_peft(setup, (x, a, b, m), weight, dout, judge, four_bit, dropout)
     return setup
 
@@ -131,17 +142,20 @@ def _tensors(base) -> list[torch.Tensor]:
     return [base] if isinstance(base, torch.Tensor) else [t for t in base.tensors() if t is not None]
 
 
-def _enabled(function):
-    def call():
+def _add_halves(setup: Setup, name: str, function, leaves: list, douts: list) -> None:
+    """Enter a call: what the function returns, and the gradients of the leaves from it."""
+
+    def forward(_number=0):
         with torch.enable_grad():
             return function()
 
-    return call
+    setup.calls[name] = Passes(forward, lambda _number, made: torch.autograd.grad(made, leaves, douts))
+    setup.forward[name] = forward
 
 
 def _add_peft(setup: Setup, values: tuple, weight: torch.Tensor, dout, judge, four_bit: bool, dropout: float) -> None:
     """PEFT's layer over the same base with the same adapter."""
-    name, packages = ("PEFT + bitsandbytes", ("peft", "bitsandbytes")) if four_bit else ("PEFT", ("peft",))
+    name, packages = (PEFT_4BIT, ("peft", "bitsandbytes")) if four_bit else (PEFT, ("peft",))
     why = peers.why_missing(*packages)
     if why:
         setup.missing[name] = why
@@ -161,10 +175,6 @@ def _add_peft(setup: Setup, values: tuple, weight: torch.Tensor, dout, judge, fo
         param.copy_(value)
     leaves = [x, *params]
 
-    def call(i):
-        with torch.enable_grad():
-            return torch.autograd.grad(layer(x), leaves, dout)
-
     def check():
         # Its mask cannot be had, so it is judged with dropout off.
         layer.train(not dropout)
@@ -174,16 +184,18 @@ def _add_peft(setup: Setup, values: tuple, weight: torch.Tensor, dout, judge, fo
         layer.train()
         return judge([y.detach(), *grads], None)
 
-    setup.calls[name], setup.check[name] = call, check
-    setup.forward[name] = _enabled(lambda: layer(x))
+    setup.check[name] = check
+    _add_halves(setup, name, lambda: layer(x), leaves, [dout])
     setup.inputs += [*layer.parameters()]
 
 
-def _build_group(device: torch.device, rows: int, inner: int, widths: tuple[int, ...]) -> Setup:
-    """Projections of one input with float32 adapters on a bfloat16 base, forward and backward."""
-    weights = [torch.randn(out, inner, device=device).mul_(0.02).bfloat16() for out in widths]
-    x = torch.randn(rows, inner, device=device).bfloat16().requires_grad_()
-    douts = [torch.randn(rows, out, device=device).bfloat16() for out in widths]
+def _build_group(
+    device: torch.device, rows: int, inner: int, widths: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+) -> Setup:
+    """Projections of one input with float32 adapters, forward and backward."""
+    weights = [torch.randn(out, inner, device=device).mul_(0.02).to(dtype) for out in widths]
+    x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_()
+    douts = [torch.randn(rows, out, device=device).to(dtype) for out in widths]
     adapters = [torch.randn(_RANK, inner, device=device).mul_(inner**-0.5).requires_grad_() for _ in widths]
     adapters += [torch.randn(out, _RANK, device=device).mul_(0.02).requires_grad_() for out in widths]
     count = len(widths)
@@ -198,41 +210,30 @@ def _build_group(device: torch.device, rows: int, inner: int, widths: tuple[int,
     names += [f"d_lora_b{i}" for i in range(count)]
     factors = [_FORWARD] * count + [_BACKWARD] * (1 + 2 * count)
 
-    def results(function, leaves, dtype):
+    def results(function, leaves, kind):
         with torch.enable_grad():
-            copies = [leaf.detach().clone().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
+            copies = [leaf.detach().clone().to(kind or leaf.dtype).requires_grad_() for leaf in leaves]
             ys = function(*copies)
             grads = torch.autograd.grad(ys, copies, [d.to(ys[0].dtype) for d in douts])
         return [*(y.detach() for y in ys), *grads]
 
     def judge(got):
         leaves = [x, *adapters]
-        exact, eager = results(plain, leaves, torch.float64), results(plain, leaves, torch.bfloat16)
+        exact, eager = results(plain, leaves, torch.float64), results(plain, leaves, dtype)
         return close_to_exact(got, exact, eager, names, factors)
 
-    def call_of(function, leaves):
-        def call(i):
-            with torch.enable_grad():
-                return torch.autograd.grad(function(*leaves), leaves, douts)
-
-        return call
-
     leaves = [x, *adapters]
-    setup = Setup(
-        {OURS: call_of(together, leaves)},
-        {OURS: lambda: judge(results(together, leaves, None))},
-        inputs=[*leaves, *douts, *weights],
-    )
-    setup.forward[OURS] = _enabled(lambda: together(*leaves))
-    _add_peft_layers(setup, weights, leaves, douts, judge, call_of)
+    setup = Setup({}, {OURS: lambda: judge(results(together, leaves, None))}, inputs=[*leaves, *douts, *weights])
+    _add_halves(setup, OURS, lambda: together(*leaves), leaves, douts)
+    _add_peft_layers(setup, weights, leaves, douts, judge)
     return setup
 
 
-def _add_peft_layers(setup: Setup, weights: list[torch.Tensor], leaves: list, douts: list, judge, call_of) -> None:
+def _add_peft_layers(setup: Setup, weights: list[torch.Tensor], leaves: list, douts: list, judge) -> None:
     """PEFT's layers one after the other over the same input, with the same bases and adapters."""
     why = peers.why_missing("peft")
     if why:
-        setup.missing["PEFT"] = why
+        setup.missing[PEFT] = why
         return
     layers = []
     for weight in weights:
@@ -243,51 +244,82 @@ def _add_peft_layers(setup: Setup, weights: list[torch.Tensor], leaves: list, do
     for param, value in zip(params, leaves[1:], strict=True):
         param.copy_(value)
 
-    def each(x, *_params):
-        return [layer(x) for layer in layers]
+    def each():
+        return [layer(leaves[0]) for layer in layers]
 
     def check():
         with torch.enable_grad():
-            ys = each(leaves[0])
+            ys = each()
             grads = torch.autograd.grad(ys, [leaves[0], *params], douts)
         return judge([*(y.detach() for y in ys), *grads])
 
-    setup.calls["PEFT"], setup.check["PEFT"] = call_of(each, [leaves[0], *params]), check
-    setup.forward["PEFT"] = _enabled(lambda: each(leaves[0]))
+    setup.check[PEFT] = check
+    _add_halves(setup, PEFT, each, [leaves[0], *params], douts)
     setup.inputs += [parameter for layer in layers for parameter in layer.parameters()]
 
 
-def _forward(rows: int, size: int, target: Target | None) -> Case:
+def _note(dtype: torch.dtype) -> str:
+    """The dtype in a case's name, where it is not the one of all the others."""
+    return "" if dtype == torch.bfloat16 else f", {short(dtype)}"
+
+
+def _forward(
+    rows: int, size: int, target: Target | None, out: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    shape = (out or size, size)
     return Case(
         "lora_linear",
-        f"NF4 linear {size}², M {rows}, forward in training mode",
-        functools.partial(build_forward, rows=rows, size=size),
-        flops=2.0 * rows * size * size,
-        bytes=packed_bytes(size) + 4.0 * rows * size,
+        f"NF4 linear {named(shape)}, M {rows}{_note(dtype)}, forward in training mode",
+        functools.partial(build_forward, rows=rows, size=size, out=out, dtype=dtype),
+        flops=2.0 * rows * math.prod(shape),
+        dtype=dtype,
+        bytes=packed_bytes(math.prod(shape)) + float(dtype.itemsize) * rows * sum(shape),
         target=target,
     )
 
 
-def _adapter(method: str, rows: int, size: int, target: Target | None, dropout: float = 0.0) -> Case:
-    four_bit, dora = method.startswith("Q"), method.endswith("DoRA")
+def _adapter(
+    method: str,
+    rows: int,
+    size: int,
+    target: Target | None,
+    dropout: float = 0.0,
+    out: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    four_bit, dora, shape = method.startswith("Q"), method.endswith("DoRA"), (out or size, size)
+    elements, sizes = math.prod(shape), {"rows": rows, "size": size}
+    if shape[0] != size or dtype != torch.bfloat16:
+        sizes |= {"out": out, "dtype": dtype}
+    name = f"{method} linear {named(shape)}, M {rows}, r {_RANK}{_note(dtype)}"
     return Case(
         "lora_linear",
-        f"{method} linear {size}², M {rows}, r {_RANK}" + (f", dropout {dropout}" if dropout else "") + ", fwd+bwd",
-        functools.partial(build_adapter, rows=rows, size=size, four_bit=four_bit, dropout=dropout, dora=dora),
-        flops=4.0 * rows * size * size,  # x W^T and dout W
-        bytes=2 * (packed_bytes(size) if four_bit else 2.0 * size * size) + 8.0 * rows * size,
+        name + (f", dropout {dropout}" if dropout else "") + ", fwd+bwd",
+        functools.partial(build_adapter, **sizes, four_bit=four_bit, dropout=dropout, dora=dora),
+        flops=4.0 * rows * elements,  # x W^T and dout W
+        dtype=dtype,
+        bytes=2 * (packed_bytes(elements) if four_bit else float(dtype.itemsize) * elements)
+        + 2.0 * dtype.itemsize * rows * sum(shape),
         target=target,
     )
 
 
-def _group(what: str, rows: int, inner: int, widths: tuple[int, ...], target: Target | None = None) -> Case:
+def _group(
+    what: str,
+    rows: int,
+    inner: int,
+    widths: tuple[int, ...],
+    target: Target | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
     total = sum(widths)
     return Case(
         "lora_linear",
-        f"{what} of {inner} → {' + '.join(map(str, widths))}, M {rows}, r {_RANK}, fwd+bwd",
-        functools.partial(_build_group, rows=rows, inner=inner, widths=widths),
+        f"{what} of {inner} → {' + '.join(map(str, widths))}, M {rows}, r {_RANK}{_note(dtype)}, fwd+bwd",
+        functools.partial(_build_group, rows=rows, inner=inner, widths=widths, dtype=dtype),
         flops=4.0 * rows * inner * total,
-        bytes=4.0 * inner * total + 4.0 * rows * (inner + total),
+        dtype=dtype,
+        bytes=2.0 * dtype.itemsize * (inner * total + rows * (inner + total)),
         target=target,
     )
 
@@ -317,4 +349,22 @@ def cases(quick: bool = False) -> list[Case]:
         _group("gate/up group", 1024, 576, (1536, 1536)),
         _group("QKV group", 1024, 2048, (2048, 512, 512)),
         _group("gate/up group", 1024, 2048, (5632, 5632)),
+    ]
+
+
+def shaped(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """The cases of a model's projections, or of M rows and a weight of N rows and K columns."""
+    rows, model = sizes.tokens, sizes.model
+    if model is None:
+        one = {"out": sizes.out, "dtype": dtype}
+        layers = [_adapter(method, rows, sizes.inner, None, **one) for method in ("LoRA", "QLoRA", "DoRA")]
+        return [_forward(rows, sizes.inner, None, **one), *layers]
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    return [
+        _forward(1, model.inner, None, model.hidden, dtype),
+        _adapter("QLoRA", rows, model.inner, None, out=model.hidden, dtype=dtype),
+        _adapter("LoRA", rows, queries, None, dropout=0.1, out=model.hidden, dtype=dtype),
+        _adapter("DoRA", rows, queries, None, out=model.hidden, dtype=dtype),
+        _group("QKV group", rows, model.hidden, (queries, keys, keys), dtype=dtype),
+        _group("gate/up group", rows, model.hidden, (model.inner, model.inner), dtype=dtype),
     ]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 import pyfinetune as pf
-from pyfinetune.bench import peers
+from pyfinetune.bench import fused_peers, peers
 from pyfinetune.bench.ceilings import sets_beyond_cache
 from pyfinetune.bench.checks import same_bits
 from pyfinetune.bench.harness import OURS, Case, Setup, Target
+from pyfinetune.bench.shapes import Sizes, short
 
-_SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 _BLOCK = 64
 
 
-def packed_bytes(size: int, double_quant: bool = False) -> float:
-    """Bytes of a [size, size] weight in 4 bits."""
-    blocks = size * size / _BLOCK
-    return size * size / 2 + (blocks + blocks / 64 if double_quant else 4 * blocks)
+def packed_bytes(elements: float, double_quant: bool = False) -> float:
+    """Bytes of a weight in 4 bits."""
+    blocks = elements / _BLOCK
+    return elements / 2 + (blocks + blocks / 64 if double_quant else 4 * blocks)
+
+
+def named(shape: tuple[int, int]) -> str:
+    """A weight's shape in a case's name."""
+    return f"{shape[0]}²" if shape[0] == shape[1] else f"{shape[0]}x{shape[1]}"
 
 
 def _reference(function, *args, **kwargs):
@@ -33,9 +39,9 @@ def _bnb_encoder(bnb, double_quant: bool):
     )
 
 
-def _build_decode(device: torch.device, size: int, dtype: torch.dtype, double_quant: bool) -> Setup:
-    count = sets_beyond_cache(int(packed_bytes(size, double_quant)), device)
-    weights = [torch.randn(size, size, device=device).to(dtype) for _ in range(count)]
+def _build_decode(device: torch.device, shape: tuple[int, int], dtype: torch.dtype, double_quant: bool) -> Setup:
+    count = sets_beyond_cache(int(packed_bytes(math.prod(shape), double_quant)), device)
+    weights = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     packed = [pf.ops.quantize_4bit(weight, _BLOCK, "nf4", double_quant) for weight in weights]
     expected = _reference(pf.ops.dequantize_4bit, packed[0])
     calls = {OURS: lambda i: pf.ops.dequantize_4bit(packed[i % count])}
@@ -46,13 +52,16 @@ def _build_decode(device: torch.device, size: int, dtype: torch.dtype, double_qu
     else:
         states = [_bnb_encoder(bnb, double_quant)(weight) for weight in weights]
         calls["bitsandbytes"] = lambda i: bnb.functional.dequantize_4bit(*states[i % count])
+        others, absent = fused_peers.functions("decode", device)
+        missing |= absent
+        calls |= {name: lambda i, decode=decode: decode(*states[i % count]) for name, decode in others.items()}
     check = {name: lambda call=call: same_bits([call(0)], [expected], ["weight"]) for name, call in calls.items()}
     return Setup(calls, check, missing)
 
 
-def _build_encode(device: torch.device, size: int, dtype: torch.dtype, double_quant: bool) -> Setup:
-    count = sets_beyond_cache(size * size * dtype.itemsize, device)
-    weights = [torch.randn(size, size, device=device).to(dtype) for _ in range(count)]
+def _build_encode(device: torch.device, shape: tuple[int, int], dtype: torch.dtype, double_quant: bool) -> Setup:
+    count = sets_beyond_cache(math.prod(shape) * dtype.itemsize, device)
+    weights = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     expected = _reference(pf.ops.quantize_4bit, weights[0], _BLOCK, "nf4", double_quant)
     calls = {OURS: lambda i: pf.ops.quantize_4bit(weights[i % count], _BLOCK, "nf4", double_quant)}
 
@@ -78,41 +87,40 @@ def _build_encode(device: torch.device, size: int, dtype: torch.dtype, double_qu
     return Setup(calls, check, missing)
 
 
-def _decode(size: int, dtype: torch.dtype, double_quant: bool, target: Target | None, **more) -> Case:
-    name = f"decode NF4 {size}² to {_SHORT[dtype]}" + (", double-quantized" if double_quant else "")
+def _case(verb: str, shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, target=None, **more) -> Case:
+    build, way = (_build_decode, "to") if verb == "decode" else (_build_encode, "from")
+    name = f"{verb} NF4 {named(shape)} {way} {short(dtype)}" + (", double-quantized" if double_quant else "")
     if "isa" in more:
         more["versus"], name = name, f"{name}, {more['isa'].upper()} forced"
+    elements = math.prod(shape)
     return Case(
         "nf4",
         name,
-        functools.partial(_build_decode, size=size, dtype=dtype, double_quant=double_quant),
-        bytes=packed_bytes(size, double_quant) + size * size * dtype.itemsize,
+        functools.partial(build, shape=shape, dtype=dtype, double_quant=double_quant),
+        dtype=dtype,
+        bytes=packed_bytes(elements, double_quant) + elements * dtype.itemsize,
         target=target,
         **more,
     )
 
 
-def _encode(size: int, dtype: torch.dtype, double_quant: bool, target: Target | None) -> Case:
-    return Case(
-        "nf4",
-        f"encode NF4 {size}² from {_SHORT[dtype]}" + (", double-quantized" if double_quant else ""),
-        functools.partial(_build_encode, size=size, dtype=dtype, double_quant=double_quant),
-        bytes=packed_bytes(size, double_quant) + size * size * dtype.itemsize,
-        target=target,
-    )
-
-
 def cases(quick: bool = False) -> list[Case]:
     """The rows of the table; `quick` is smaller, and without targets, which are stated for the full shapes."""
-    size = 512 if quick else 4096
+    shape = (512, 512) if quick else (4096, 4096)
     decode, encode, avx2 = (
         (None, None, None) if quick else (Target(4.0, 1.0), Target(50.0, 50.0), Target(1 / 1.5, 1 / 1.5))
     )
     return [
-        _decode(size, torch.bfloat16, False, decode),
-        _decode(size, torch.float32, False, decode),
-        _decode(size, torch.bfloat16, True, None),
-        _encode(size, torch.bfloat16, False, encode),
-        _encode(size, torch.bfloat16, True, encode),
-        _decode(size, torch.bfloat16, False, avx2, isa="avx2"),
+        _case("decode", shape, torch.bfloat16, False, decode),
+        _case("decode", shape, torch.float32, False, decode),
+        _case("decode", shape, torch.bfloat16, True),
+        _case("encode", shape, torch.bfloat16, False, encode),
+        _case("encode", shape, torch.bfloat16, True, encode),
+        _case("decode", shape, torch.bfloat16, False, avx2, isa="avx2"),
     ]
+
+
+def shaped(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """The cases of a model's largest weight of a layer, or of a weight of N rows and K columns."""
+    shape = (sizes.model.inner, sizes.model.hidden) if sizes.model else (sizes.out, sizes.inner)
+    return [_case(verb, shape, dtype, nested) for verb in ("decode", "encode") for nested in (False, True)]

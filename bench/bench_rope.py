@@ -7,10 +7,10 @@ import functools
 import torch
 
 import pyfinetune as pf
-from pyfinetune.bench import elementwise, peers
+from pyfinetune.bench import elementwise, fused_peers, peers
 from pyfinetune.bench.harness import OURS, Case, Setup
-
-_PEER = "Hugging Face"
+from pyfinetune.bench.peer_names import COMPILED, HUGGING_FACE
+from pyfinetune.bench.shapes import Sizes, short
 
 
 def _plain(q, k, cos, sin):
@@ -23,13 +23,22 @@ def _plain(q, k, cos, sin):
     return rotate(q), rotate(k)
 
 
-def _build(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int, backward: bool) -> Setup:
+def _build(
+    device: torch.device,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    backward: bool,
+) -> Setup:
     angles = torch.outer(torch.arange(tokens), 10000 ** -(torch.arange(dim // 2) / (dim // 2))).repeat(1, 2)[None]
-    cos, sin = (table.to(device).bfloat16() for table in (angles.cos(), angles.sin()))
+    cos, sin = (table.to(device, dtype) for table in (angles.cos(), angles.sin()))
 
     def random(count):
         """A projection seen with its heads first, as attention layers make it."""
-        return torch.randn(batch, tokens, count, dim, device=device).bfloat16().transpose(1, 2)
+        return torch.randn(batch, tokens, count, dim, device=device).to(dtype).transpose(1, 2)
 
     def make():
         inputs = [random(heads).requires_grad_(), random(kv_heads).requires_grad_(), cos, sin]
@@ -38,18 +47,22 @@ def _build(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: 
     functions = {OURS: pf.ops.rope}
     llama, why = peers.llama()
     if llama is not None:
-        functions[_PEER] = llama.apply_rotary_pos_emb
-    return elementwise.build(device, make, functions, _plain, {} if llama is not None else {_PEER: why})
+        functions[HUGGING_FACE] = llama.apply_rotary_pos_emb
+    others, missing = fused_peers.functions("rope", device)
+    functions |= {COMPILED: fused_peers.compiled(_plain), **others}
+    missing |= {HUGGING_FACE: why} if llama is None else {}
+    return elementwise.build(device, make, functions, _plain, missing)
 
 
-def _case(batch, tokens, heads, kv_heads, dim, *, backward=True) -> Case:
+def _case(batch, tokens, heads, kv_heads, dim, *, dtype=torch.bfloat16, backward=True) -> Case:
+    sizes = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    name = f"RoPE {batch}x{tokens}, {heads}/{kv_heads} heads, d {dim} {short(dtype)}"
     return Case(
         "rope",
-        f"RoPE {batch}x{tokens}, {heads}/{kv_heads} heads, d {dim} bf16, {'fwd+bwd' if backward else 'forward'}",
-        functools.partial(
-            _build, batch=batch, tokens=tokens, heads=heads, kv_heads=kv_heads, dim=dim, backward=backward
-        ),
-        bytes=2.0 * (4 if backward else 2) * batch * tokens * (heads + kv_heads) * dim,
+        f"{name}, {'fwd+bwd' if backward else 'forward'}",
+        functools.partial(_build, **sizes, dtype=dtype, backward=backward),
+        dtype=dtype,
+        bytes=float(dtype.itemsize) * (4 if backward else 2) * batch * tokens * (heads + kv_heads) * dim,
     )
 
 
@@ -58,3 +71,12 @@ def cases(quick: bool = False) -> list[Case]:
     if quick:
         return [_case(2, 16, 4, 2, 64), _case(1, 1, 4, 2, 64, backward=False)]
     return [_case(2, 512, 32, 8, 128), _case(4, 256, 9, 3, 64), _case(1, 1, 32, 8, 128, backward=False)]
+
+
+def shaped(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """The cases of a model's attention layers; a plain M,N,K has no heads."""
+    model = sizes.model
+    if model is None:
+        return []
+    heads = (model.heads, model.kv_heads, model.head_dim)
+    return [_case(1, sizes.tokens, *heads, dtype=dtype), _case(1, 1, *heads, dtype=dtype, backward=False)]

@@ -1,19 +1,17 @@
-"""Cases of a whole training step: a small Llama with LoRA, forward and backward, as PEFT runs it and patched."""
+"""Cases of a whole training step: a random model with adapters, forward and backward, as PEFT runs it and patched."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
 
 import torch
 
-import pyfinetune as pf
-from pyfinetune.bench import peers
-from pyfinetune.bench.harness import OURS, Case, Setup, Target, Verdict
+from pyfinetune.bench import step_models
+from pyfinetune.bench.breakdown import ATTENTION, HEAD, LINEAR
+from pyfinetune.bench.harness import OURS, Case, Passes, Setup, Target, Verdict
+from pyfinetune.bench.shapes import Sizes, short
+from pyfinetune.bench.step_models import Recipe
 
-_PEER = "transformers + PEFT"
-_RANK = 16
 # The shapes of a 135M-parameter Llama, and of one small enough for a quick look.
 _FULL = {
     "vocab_size": 49152,
@@ -27,37 +25,27 @@ _QUICK = _FULL | {"vocab_size": 1024, "hidden_size": 192, "intermediate_size": 3
 _QUICK |= {"num_attention_heads": 3, "num_key_value_heads": 1}
 
 
-def _model(shapes: dict[str, int], device: torch.device) -> torch.nn.Module:
-    """A random model in bfloat16 with random adapters on every linear layer, as PEFT makes them by default."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**shapes, tie_word_embeddings=True, max_position_embeddings=8192)
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(model, LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # a fresh B is zero, which hides both mistakes and work
-            parameter.normal_(std=0.02)
-    return model.train()
-
-
-def _batch(documents: int, length: int, vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _batch(documents: list[int], vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
     """One row of packed documents; a single one needs no positions."""
-    ids = torch.randint(vocabulary, (1, documents * length), device=device)
-    positions = torch.arange(length, device=device).repeat(documents)[None]
+    ids = torch.randint(vocabulary, (1, sum(documents)), device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in documents])[None]
     labels = ids.masked_fill(positions == 0, -100)
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
 
 
+def _forward(model: torch.nn.Module, batch: dict[str, torch.Tensor], _number: int = 0) -> torch.Tensor:
+    with torch.enable_grad():
+        return model(**batch).loss
+
+
+def _backward(model: torch.nn.Module, _number: int, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, [parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
 def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """The loss and every adapter's gradient."""
-    with torch.enable_grad():
-        loss = model(**batch).loss
-        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+    loss = _forward(model, batch)
+    return [loss.detach(), *_backward(model, 0, loss)]
 
 
 def _error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
@@ -66,45 +54,73 @@ def _error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return (difference / sum(float(b.double().square().sum()) for b in exact[1:])) ** 0.5
 
 
-def build(device: torch.device, shapes: dict[str, int], documents: int, length: int) -> Setup:
-    why = peers.why_missing("transformers", "peft")
-    if why:
-        raise RuntimeError(f"a training step needs transformers and peft: {why}")
-    model = _model(shapes, device)
-    ours = copy.deepcopy(model)
-    report = pf.patch(ours)
-    batch = _batch(documents, length, shapes["vocab_size"], device)
-    small = _batch(min(documents, 2), min(length, 64), shapes["vocab_size"], device)
-    plain = _step(model, small)
-    exact = _step(copy.deepcopy(model).float(), small)
-    usual = _error(plain, exact)
+def build(device: torch.device, recipe: Recipe, documents: list[int]) -> Setup:
+    """The step of every way to train such a model; all have the same weights and adapters."""
+    ways = step_models.make(recipe, device)
+    vocabulary = recipe.vocabulary
+    batch = _batch(documents, vocabulary, device)
+    small = _batch([min(length, 64) for length in documents[:2]], vocabulary, device)
+    exact = _step(ways.exact, small)
+    ways.exact = None  # it is the largest of them
+    plain = _step(ways.models[ways.plain], small)
+    usual, eps = _error(plain, exact), torch.finfo(recipe.dtype).eps
 
-    def judge(found: list[torch.Tensor]) -> Verdict:
+    def judge(name: str) -> Verdict:
+        found = plain if name == ways.plain else _step(ways.models[name], small)
         error, gap = _error(found, exact), abs(float(found[0] - exact[0]))
-        allowed = 2 * usual + torch.finfo(torch.bfloat16).eps
-        ok = error <= allowed and gap <= 1.5 * abs(float(plain[0] - exact[0])) + torch.finfo(torch.bfloat16).eps
-        detail = f"gradients off by {error:.2%} of their norm, {_PEER} by {usual:.2%}; {report.swapped} modules swapped"
-        return Verdict(ok, detail)
+        ok = error <= 2 * usual + eps and gap <= 1.5 * abs(float(plain[0] - exact[0])) + eps
+        detail = f"gradients off by {error:.2%} of their norm, {ways.plain} by {usual:.2%}"
+        return Verdict(ok, detail + (f"; {ways.swapped} modules swapped" if name == OURS else ""))
 
-    calls = {OURS: lambda i: _step(ours, batch), _PEER: lambda i: _step(model, batch)}
-    return Setup(calls, {OURS: lambda: judge(_step(ours, small)), _PEER: lambda: judge(plain)})
+    setup = Setup({}, {}, dict(ways.missing))
+    for name, model in ways.models.items():
+        setup.calls[name] = Passes(functools.partial(_forward, model, batch), functools.partial(_backward, model))
+        setup.check[name] = functools.partial(judge, name)
+        setup.resident_mb[name] = step_models.megabytes(model)
+    return setup
+
+
+def _work(recipe: Recipe, documents: list[int]) -> dict[str, float]:
+    """Operations that no implementation can do without, by where they are."""
+    model, tokens = recipe.dimensions, sum(documents)
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    layer = 2 * model.hidden * (queries + keys) + 3 * model.hidden * model.inner
+    # Scores and values, once forward and two and a half times backward, half of each masked.
+    scores = 7.0 * queries * sum(length**2 for length in documents)
+    return {
+        LINEAR: 4.0 * tokens * layer * model.layers,
+        HEAD: 4.0 * tokens * model.vocab * model.hidden,
+        ATTENTION: scores * model.layers,
+    }
+
+
+def case_of(recipe: Recipe, documents: list[int], target: Target | None = None, label: str | None = None) -> Case:
+    """A step of the recipe over one row of packed documents."""
+    work = _work(recipe, documents)
+    if len(documents) == 1:
+        packed = f"{documents[0]} tokens"
+    elif len(set(documents)) == 1:
+        packed = f"{len(documents)} x {documents[0]} tokens packed"
+    else:
+        packed = f"{sum(documents)} tokens in {len(documents)} documents packed"
+    method = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}[recipe.method]
+    name = f"training step, {label or recipe.label}, {method} r {recipe.rank}, {short(recipe.dtype)}, {packed}"
+    return Case(
+        "step",
+        name,
+        functools.partial(build, recipe=recipe, documents=documents),
+        flops=sum(work.values()),
+        dtype=recipe.dtype,
+        target=target,
+        tokens=sum(documents),
+        parts=work,
+        vocabulary=recipe.vocabulary,
+    )
 
 
 def _case(documents: int, length: int, target: Target | None, shapes: dict[str, int] = _FULL) -> Case:
-    tokens, width = documents * length, shapes["hidden_size"]
-    kv = width * shapes["num_key_value_heads"] // shapes["num_attention_heads"]
-    layer = 2 * width * (width + kv) + 3 * width * shapes["intermediate_size"]
-    products = layer * shapes["num_hidden_layers"] + shapes["vocab_size"] * width
-    # Scores and values, once forward and two and a half times backward, half of each masked.
-    attention = 7 * length * width * shapes["num_hidden_layers"]
-    packed = f"{documents} x {length} tokens packed" if documents > 1 else f"{length} tokens"
-    return Case(
-        "step",
-        f"training step, Llama {'135M' if shapes is _FULL else 'tiny'}, LoRA r {_RANK}, bf16, {packed}",
-        functools.partial(build, shapes=shapes, documents=documents, length=length),
-        flops=tokens * (4.0 * products + attention),
-        target=target,
-    )
+    recipe = Recipe("llama", {"model_type": "llama", **shapes, "tie_word_embeddings": True})
+    return case_of(recipe, [length] * documents, target, f"Llama {'135M' if shapes is _FULL else 'tiny'}")
 
 
 def cases(quick: bool = False) -> list[Case]:
@@ -117,3 +133,27 @@ def cases(quick: bool = False) -> list[Case]:
         _case(8, 256, Target(3.0, 2.6)),
         _case(16, 256, Target(4.5, 4.0)),
     ]
+
+
+def shaped(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """Without rows: a whole model is asked for by `--model`, which says how it is trained, too."""
+    return []
+
+
+def requested(model: str, method: str, packed: bool, layers: int | None, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """The step that `pyfinetune bench step --model` asks for.
+
+    Args:
+        model: a name of `shapes.MODELS`, a `config.json`, its folder, or a model's name.
+        method: "lora", "qlora" or "dora".
+        packed: in documents of 256 tokens instead of one.
+        layers: so many of the model's layers, or None for all.
+        sizes: how many tokens.
+        dtype: of the model; the adapters are float32, as PEFT makes them.
+
+    Raises:
+        UserError: the model or the method is not known, or does not fit into memory.
+    """
+    recipe = step_models.recipe_of(model, method, layers, dtype)
+    documents = sizes.documents if packed else [sizes.tokens]
+    return case_of(recipe, documents)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 import pyfinetune as pf
-from pyfinetune.bench import peers
+from pyfinetune.bench import fused_peers, peers
 from pyfinetune.bench.checks import close_to_exact
-from pyfinetune.bench.harness import OURS, Case, Setup, Target
+from pyfinetune.bench.harness import OURS, Case, Passes, Setup, Target
+from pyfinetune.bench.peer_names import LOOP, MASK
+from pyfinetune.bench.shapes import Sizes, short
 
 _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
-_MASK, _LOOP = "dense mask", "SDPA per document"
 _NAMES = ["out", "dq", "dk", "dv"]
 # How much worse than torch's eager code in the same dtype a result may be. A peer is only asked to compute the same:
 # torch's fused kernel misses our own bound in dk over 4096 tokens, and is the one to be faster than all the same.
@@ -49,12 +50,12 @@ def _attentions(bounds: list[int], device: torch.device, with_mask: bool) -> dic
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     found = {
         OURS: lambda q, k, v: pf.ops.varlen_attn(q, k, v, cu_seqlens),
-        _LOOP: lambda q, k, v: peers.attention_per_document(q, k, v, bounds),
+        LOOP: lambda q, k, v: peers.attention_per_document(q, k, v, bounds),
     }
     if with_mask:
         document = torch.repeat_interleave(torch.tensor(lengths, device=device))
         mask = (document[:, None] == document).tril()[None, None]
-        found[_MASK] = lambda q, k, v: peers.attention_with_mask(q, k, v, mask)
+        found[MASK] = lambda q, k, v: peers.attention_with_mask(q, k, v, mask)
     return found
 
 
@@ -93,16 +94,36 @@ def build(
         factors = _FACTORS if name == OURS else _PEERS_FACTORS
         return close_to_exact(results(attentions[name]), exact, eager, _NAMES[: len(exact)], factors[: len(exact)])
 
-    def forward(attention):
-        with torch.enable_grad():
+    def forward(attention, _number=0):
+        with torch.set_grad_enabled(backward):
             return attention(*leaves)
+
+    def gradients(_number, out):
+        return torch.autograd.grad(out, leaves, dout)
 
     setup = Setup({}, {}, inputs=leaves)
     for name, attention in attentions.items():
-        setup.calls[name] = lambda i, attention=attention: results(attention)
+        half = functools.partial(forward, attention)
+        setup.calls[name] = Passes(half, gradients) if backward else half
         setup.check[name] = functools.partial(check, name)
         if backward:
-            setup.forward[name] = functools.partial(forward, attention)
+            setup.forward[name] = half
+    return setup
+
+
+def _build(
+    device: torch.device,
+    lengths: list[int],
+    dtype: torch.dtype,
+    backward: bool,
+    with_mask: bool,
+    sizes: tuple[int, int, int],
+) -> Setup:
+    """`build` with the peers of other packages."""
+    bounds = [0, *itertools.accumulate(lengths)]
+    others, missing = fused_peers.attentions(bounds, device, dtype, backward)
+    setup = build(device, lengths, dtype, backward, with_mask, sizes, lambda bounds, device: others)
+    setup.missing |= missing
     return setup
 
 
@@ -112,19 +133,23 @@ def _case(
     backward: bool = True,
     with_mask: bool = True,
     targets: Mapping[str, Target] | None = None,
+    sizes: tuple[int, int, int] = (_HEADS, _KV_HEADS, _HEAD_DIM),
+    **more,
 ) -> Case:
-    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    heads, kv_heads, dim = sizes
+    documents = f"{len(lengths)}x{lengths[0]}" if len(set(lengths)) == 1 else f"{sum(lengths)} in {len(lengths)}"
     products = 7 if backward else 2  # of each score: q k and p v; again q k, dout v, and one for each gradient
-    elements = _HEAD_DIM * sum(lengths) * (_HEADS + _KV_HEADS)
+    elements = dim * sum(lengths) * (heads + kv_heads)
     return Case(
         "varlen_attn",
-        f"packed attention {len(lengths)}x{lengths[0]}, {_HEADS}/{_KV_HEADS} heads, d {_HEAD_DIM}, {name}, "
+        f"packed attention {documents}, {heads}/{kv_heads} heads, d {dim}, {short(dtype)}, "
         + ("fwd+bwd" if backward else "fwd"),
-        functools.partial(build, lengths=lengths, dtype=dtype, backward=backward, with_mask=with_mask),
-        flops=products * _HEADS * _HEAD_DIM * sum(float(length) ** 2 for length in lengths),  # causal: half the scores
+        functools.partial(_build, lengths=lengths, dtype=dtype, backward=backward, with_mask=with_mask, sizes=sizes),
+        flops=products * heads * dim * sum(float(length) ** 2 for length in lengths),  # causal: half the scores
         dtype=dtype,
         bytes=elements * dtype.itemsize * (6.0 if backward else 2.0),
         targets=targets or {},
+        **more,
     )
 
 
@@ -137,10 +162,23 @@ def cases(quick: bool = False) -> list[Case]:
             _case([16] * 16, backward=False),
         ]
     return [
-        _case([512] * 8, targets={_MASK: Target(20.0, 20.0), _LOOP: Target(3.5, 3.5)}),
-        _case([512] * 8, torch.float32, targets={_MASK: Target(10.0, 10.0), _LOOP: Target(1.5, 1.5)}),
-        _case([64] * 64, targets={_LOOP: Target(6.0, 6.0)}),
+        _case([512] * 8, targets={MASK: Target(20.0, 20.0), LOOP: Target(3.5, 3.5)}),
+        _case([512] * 8, torch.float32, targets={MASK: Target(10.0, 10.0), LOOP: Target(1.5, 1.5)}),
+        _case([64] * 64, targets={LOOP: Target(6.0, 6.0)}),
         _case([1024], with_mask=False),
         _case([4096], with_mask=False),
-        _case([512] * 8, backward=False, with_mask=False),
+        _case([512] * 8, backward=False, with_mask=False, compiled=True),
+    ]
+
+
+def shaped(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """The cases of a model's attention layers; a plain M,N,K has no heads."""
+    model = sizes.model
+    if model is None:
+        return []
+    heads = (model.heads, model.kv_heads, model.head_dim)
+    return [
+        _case(sizes.documents, dtype, sizes=heads),
+        _case([sizes.tokens], dtype, with_mask=False, sizes=heads),
+        _case(sizes.documents, dtype, backward=False, with_mask=False, sizes=heads),
     ]

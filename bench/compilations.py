@@ -18,33 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyfinetune.kernels.gpus import GPUS
+
 if TYPE_CHECKING:
     from pyfinetune.kernels.config import Compilation
 
 _RESOURCES = re.compile(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)")
 _TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
-_RESERVED = 1024  # bytes of shared memory that the driver takes from each block
 
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What the blocks on one multiprocessor share (CUDA programming guide, technical specifications)."""
-
-    warps: int
-    blocks: int
-    shared: int
-    registers: int = 65536
-
-
-MULTIPROCESSORS = {
-    80: Multiprocessor(64, 32, 164 << 10),
-    86: Multiprocessor(48, 16, 100 << 10),
-    89: Multiprocessor(48, 24, 100 << 10),
-    90: Multiprocessor(64, 32, 228 << 10),
-    100: Multiprocessor(64, 32, 228 << 10),
-    120: Multiprocessor(48, 24, 100 << 10),
-}
-CAPABILITIES = tuple(MULTIPROCESSORS)
+CAPABILITIES = tuple(GPUS)
 
 
 @dataclass
@@ -122,13 +104,8 @@ def occupancy(capability: int, registers: int, shared: int, warps: int) -> float
         shared: bytes of a block.
         warps: of a block.
     """
-    has = MULTIPROCESSORS[capability]
-    by_warps = has.warps // warps
-    of_warp = -(-max(registers, 1) * 32 // 256) * 256
-    # Each of the four parts of a multiprocessor has its own registers, and a warp stays in one part.
-    by_registers = 4 * (has.registers // 4 // of_warp) // warps
-    by_shared = has.shared // (-(-(shared + _RESERVED) // 128) * 128)
-    return min(by_warps, by_registers, by_shared, has.blocks) * warps / has.warps
+    has = GPUS[capability]
+    return has.resident(warps, shared, registers) * warps / has.warps
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -228,8 +205,10 @@ def work(task: tuple[str, int, int]) -> Compiled:
     return compile_one(module, compilations_of(module, capability)[index], capability)
 
 
-def tasks(modules: list[str], capabilities: list[int]) -> Iterator[tuple[str, int, int]]:
-    """Everything that is to be compiled, as `work` takes it."""
+def tasks(modules: list[str], capabilities: list[int], alternatives: bool = True) -> Iterator[tuple[str, int, int]]:
+    """Everything to compile, as `work` takes it; without `alternatives` what is launched where nothing is measured."""
     for module in modules:
         for capability in capabilities:
-            yield from ((module, capability, index) for index in range(len(compilations_of(module, capability))))
+            for index, compilation in enumerate(compilations_of(module, capability)):
+                if alternatives or not compilation.alternative:
+                    yield module, capability, index

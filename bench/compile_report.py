@@ -37,7 +37,11 @@ _WIDE = 190  # columns, where the output is no terminal
 
 
 def compile_all(
-    modules: list[str], capabilities: list[int], jobs: int = _JOBS, done: Callable[[Compiled], None] = lambda row: None
+    modules: list[str],
+    capabilities: list[int],
+    jobs: int = _JOBS,
+    done: Callable[[Compiled], None] = lambda row: None,
+    alternatives: bool = True,
 ) -> list[Compiled]:
     """Compile everything that the modules would launch on the GPUs, in processes of its own.
 
@@ -46,13 +50,14 @@ def compile_all(
         capabilities: of the GPUs, 86 for sm_86.
         jobs: processes at a time.
         done: is told of each kernel when it is finished.
+        alternatives: also the configurations that only a measurement could choose.
 
     Returns:
         A row for each, in the modules' order.
     """
     rows: dict[tuple[str, int, int], Compiled] = {}
     with tempfile.TemporaryDirectory(prefix="pyfinetune-triton-") as cache:
-        waiting = list(tasks(modules, capabilities))
+        waiting = todo = list(tasks(modules, capabilities, alternatives))
         while waiting:
             for task, row in _compiled(waiting, jobs, cache):
                 rows[task] = row
@@ -63,7 +68,7 @@ def compile_all(
             if waiting:
                 rows[waiting[0]] = _alone(waiting.pop(0), cache)
                 done(next(reversed(rows.values())))
-    return [rows[task] for task in tasks(modules, capabilities)]
+    return [rows[task] for task in todo]
 
 
 def pool_of(jobs: int, cache: str) -> ProcessPoolExecutor:
@@ -135,7 +140,9 @@ def _capabilities(text: str) -> list[int]:
     return asked
 
 
-def report(modules: list[str], capabilities: list[int], json_path: Path | None, jobs: int, console: Console) -> int:
+def report(
+    modules: list[str], capabilities: list[int], json_path: Path | None, jobs: int, console: Console, chosen: bool
+) -> int:
     """Compile, print the table and write it where asked; returns the exit code."""
     known = kernel_modules()
     for module in modules:
@@ -144,12 +151,12 @@ def report(modules: list[str], capabilities: list[int], json_path: Path | None, 
     modules = modules or known
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("compiling", total=len(list(tasks(modules, capabilities))))
+        bar = progress.add_task("compiling", total=len(list(tasks(modules, capabilities, not chosen))))
 
         def done(row: Compiled) -> None:
             progress.update(bar, advance=1, description=f"{row.module}: {row.name} for sm_{row.capability}")
 
-        rows = compile_all(modules, capabilities, jobs, done)
+        rows = compile_all(modules, capabilities, jobs, done, not chosen)
     console.print(table_of(rows))
     # Some kernels are for some GPUs only.
     left = [set(kernels_never_compiled(capability)) for capability in CAPABILITIES]
@@ -171,10 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--capability", default=",".join(map(str, CAPABILITIES)), help="such as 86,90; all by default")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--jobs", type=int, default=_JOBS, help="processes at a time")
+    parser.add_argument("--chosen", action="store_true", help="what is launched without a measurement, nothing else")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     try:
-        return report(args.modules, _capabilities(args.capability), args.json, args.jobs, console)
+        return report(args.modules, _capabilities(args.capability), args.json, args.jobs, console, args.chosen)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

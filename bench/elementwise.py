@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from pyfinetune.bench.ceilings import sets_beyond_cache
 from pyfinetune.bench.checks import close_to_exact
-from pyfinetune.bench.harness import Setup
+from pyfinetune.bench.harness import Passes, Setup
 
 _FORWARD, _BACKWARD = 1.5, 2.0  # how much worse than torch's eager code in the same dtype a result may be
 
@@ -52,8 +53,17 @@ def build(
     sets = [first] + [make() for _ in range(sets_beyond_cache(size, device) - 1)]
     inputs, douts = first
 
+    def forward(function, i):
+        with torch.enable_grad():
+            return _tuple(function(*sets[i % len(sets)][0]))
+
+    def backward(i, results):
+        inputs, douts = sets[i % len(sets)]
+        return torch.autograd.grad(results, [t for t in inputs if t.requires_grad], douts)
+
     def call(function):
-        return lambda i: _run(function, *sets[i % len(sets)])
+        half = functools.partial(forward, function)
+        return Passes(half, backward) if douts else half
 
     def check(function):
         def judge():
@@ -73,13 +83,5 @@ def build(
         inputs=[*inputs, *douts],
     )
     if douts:
-
-        def forward(function):
-            def run():
-                with torch.enable_grad():
-                    return function(*inputs)
-
-            return run
-
-        setup.forward |= {name: forward(function) for name, function in functions.items()}
+        setup.forward |= {name: functools.partial(forward, function, 0) for name, function in functions.items()}
     return setup

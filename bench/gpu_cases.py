@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from pyfinetune.bench.bench_rope import _plain as plain_rope
 from pyfinetune.bench.ceilings import sets_beyond_cache
 from pyfinetune.bench.checks import close_to_exact, same_bits
 from pyfinetune.bench.gpu_attention import attention_cases, flex_case
+from pyfinetune.bench.gpu_step import CappedStep, capped_cases, step_cases
 from pyfinetune.bench.gpu_timing import GpuCase
 from pyfinetune.bench.harness import OURS, Setup
 
@@ -404,7 +406,7 @@ def _head(quick: bool) -> list[GpuCase]:
     return cases
 
 
-# --- a whole step
+# --- a step of two layers, whose gradients are held against exact ones
 
 
 def _step(quick: bool) -> list[GpuCase]:
@@ -447,13 +449,38 @@ def _compiled(quick: bool) -> list[GpuCase]:
     return [flex_case(quick), GpuCase("rms_norm", name, norm, bytes=10.0 * tokens * width)]
 
 
-# The most telling ones first: time may run out. Seconds are what the part may take on a GPU.
-GROUPS: dict[str, tuple[Callable[[bool], list[GpuCase]], int]] = {
-    "nf4": (_nf4, 25),
-    "lora_linear": (_lora, 70),
-    "varlen_attn": (attention_cases, 50),
-    "linear_cross_entropy": (_head, 45),
-    "rows": (_rows, 30),
-    "step": (_step, 40),
-    "compiled": (_compiled, 50),
+@dataclass(frozen=True)
+class Group:
+    """Cases that one process measures.
+
+    Args:
+        cases: makes them; tiny ones when its argument is true.
+        budget: seconds that the process may take on a GPU.
+        timed: whether it times anything, and so needs the GPU to itself and the machine's rates; the others run side
+            by side.
+    """
+
+    cases: Callable[[bool], list[GpuCase] | list[CappedStep]]
+    budget: int
+    timed: bool = True
+
+
+def _capped(size: str, gibibytes: int) -> Group:
+    return Group(functools.partial(capped_cases, size=size, gibibytes=gibibytes), 45, timed=False)
+
+
+# The most telling ones first: time may run out.
+GROUPS: dict[str, Group] = {
+    "nf4": Group(_nf4, 20),
+    "lora_linear": Group(_lora, 55),
+    "varlen_attn": Group(attention_cases, 35),
+    "linear_cross_entropy": Group(_head, 30),
+    "whole step": Group(step_cases, 55),
+    "8 GiB": _capped("3B", 8),
+    "12 GiB": _capped("8B", 12),
+    "16 GiB": _capped("8B", 16),
+    "24 GiB": _capped("8B", 24),
+    "rows": Group(_rows, 20),
+    "step": Group(_step, 25),
+    "compiled": Group(_compiled, 40),
 }

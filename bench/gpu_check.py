@@ -3,7 +3,8 @@
 First the tests: those of every op over the Triton kernels on the GPU, in bfloat16 too, what only a GPU can show
 (tests/test_gpu.py), and small shapes under compute-sanitizer where there is one. Then the benchmark, one group of cases
 after the other, against the peers that are installed. Each part is a process of its own with a time of its own; one
-that fails or takes too long is recorded, and the next goes on. All is written to one JSON file and one Markdown file.
+that fails or takes too long is recorded, and the next goes on. All is written to one JSON file and one Markdown file,
+anew after each part, so that what has been found is there even when the whole is cut off.
 
 `--dry-run` does the same on a CPU with tiny shapes and a few tests of each file, to see that it will work.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
+import itertools
 import json
 import os
 import re
@@ -21,8 +24,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,16 +34,23 @@ from typing import Any
 
 import torch
 
-from pyfinetune.bench.gpu_results import markdown_of
+from pyfinetune.bench.gpu_results import markdown_of, what_is_wrong
 from pyfinetune.errors import UserError
 from pyfinetune.machine import info
 
-TOTAL = 480  # seconds for everything
-_TESTS = 160  # seconds for the tests, which run side by side
+TOTAL = 480  # seconds for everything, the build with it where `--started` says when that began
+_TESTS = 140  # seconds for the tests, which run side by side
+_LEAST = 5  # seconds that a part must have left to be started
 _BROKEN = 99  # how a test process ends whose GPU context is lost, see tests/report_lines.py
 _RESTARTS = 3
 _GRACE = 5  # seconds from asking a process to end until it is made to
 _SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+_SANITIZER_WHEEL = "nvidia/*/bin/compute-sanitizer"  # where the wheel of that name has it
+# Whatever torch asks of the driver in vain is none of ours; children are compilers.
+_WATCHED = ("--tool", "memcheck", "--error-exitcode", "86", "--target-processes", "application-only")
+_WATCHED += ("--report-api-errors", "no", "--padding", "64")
+CANNOT = "cannot run here"
+_running: set[subprocess.Popen] = set()
 _UNSUPPORTED = ("Device not supported",)  # what the sanitizer says in some virtual machines
 # Ops whose test files hold the native CPU kernels alone.
 _CPU_ONLY = {"test_lora_thin.py", "test_row_kernels.py"}
@@ -54,8 +65,9 @@ class Part:
         kind: "tests" or "bench".
         command: arguments of the process.
         budget: seconds it may take.
-        environment: variables beside those that all have.
         lines: the file it writes what it finds to, a JSON object a line.
+        environment: variables beside those that all have.
+        alone: whether it has the GPU to itself; the others run side by side with their neighbours.
     """
 
     name: str
@@ -64,6 +76,7 @@ class Part:
     budget: float
     lines: Path
     environment: dict[str, str] = field(default_factory=dict)
+    alone: bool = True
 
 
 def _pytest(files: Iterable[Path], *more: str) -> list[str]:
@@ -71,37 +84,49 @@ def _pytest(files: Iterable[Path], *more: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *options, *more, *map(str, files)]
 
 
-def _triton_ops(tests: Path) -> dict[str, list[Path]]:
-    """By op stem the test files of the ops that have Triton kernels."""
+def _triton_tests(tests: Path) -> list[Path]:
+    """The test files of the ops that have Triton kernels."""
     root = tests.parent
     stems = {path.stem for path in (root / "kernels").glob("*.py")}
     stems &= {path.stem for path in (root / "pyfinetune" / "ops").glob("*.py")}
-    found = {stem: sorted(tests.glob(f"test_{stem}*.py")) for stem in sorted(stems)}
-    return {stem: [path for path in paths if path.name not in _CPU_ONLY] for stem, paths in found.items()}
+    found = {path for stem in stems for path in tests.glob(f"test_{stem}*.py")}
+    return sorted(path for path in found if path.name not in _CPU_ONLY)
 
 
-def test_parts(tests: Path, folder: Path, dry_run: bool) -> list[Part]:
-    """The tests, in parts that run side by side: what one does to its GPU context is its own."""
+def find_sanitizer(peers: Path) -> str | None:
+    """compute-sanitizer on the machine, or among the unpacked wheels."""
+    for found in peers.glob(_SANITIZER_WHEEL):
+        found.chmod(0o755)
+        return str(found)
+    return next((found for name in _SANITIZER if (found := shutil.which(name))), None)
+
+
+def test_parts(tests: Path, folder: Path, dry_run: bool, sanitizer: str | None) -> list[Part]:
+    """The tests, in parts that run side by side: what one does to its GPU context is its own.
+
+    Args:
+        tests: the checkout's folder of tests.
+        folder: for what they find.
+        dry_run: on a CPU, a few of each file.
+        sanitizer: the path of compute-sanitizer, where there is one.
+    """
     common = {"PYFINETUNE_TEST_BACKENDS": "triton", "PYTHONPATH": _path_with(tests)}
     if dry_run:
-        common |= {"TRITON_INTERPRET": "1", "PYFINETUNE_GPU_REHEARSAL": "1"}
+        common |= {"TRITON_INTERPRET": "1", "PYFINETUNE_GPU_REHEARSAL": "1", "OPENBLAS_NUM_THREADS": "1"}
     of_op = {"PYFINETUNE_TEST_LIMIT": "2"} if dry_run else {"PYFINETUNE_TEST_DEVICE": "cuda"}
 
     def part(name: str, command: list[str], environment: dict[str, str]) -> Part:
         lines = folder / f"{_file_name(name)}.jsonl"
         environment = {**common, **environment, "PYFINETUNE_TEST_LINES": str(lines)}
-        return Part(name, "tests", command, _TESTS, lines, environment)
+        return Part(name, "tests", command, _TESTS, lines, environment, alone=False)
 
     only_gpu = tests / "test_gpu.py"
     parts = [part("GPU alone", _pytest([only_gpu]), {})]
-    parts += [part(f"op {stem}", _pytest(files), of_op) for stem, files in _triton_ops(tests).items()]
-    sanitizer = next((found for name in _SANITIZER if (found := shutil.which(name))), None)
     if sanitizer is not None and not dry_run:
         # Without the caching allocator, so that each tensor has bounds of its own that can be watched.
-        watched = [sanitizer, "--tool", "memcheck", "--error-exitcode", "86", "--target-processes", "all"]
-        command = [*watched, *_pytest([only_gpu], "-k", "test_small and bfloat16")]
+        command = [sanitizer, *_WATCHED, *_pytest([only_gpu], "-k", "test_small and bfloat16")]
         parts.append(part("compute-sanitizer", command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    return parts
+    return parts + [part(path.stem, _pytest([path]), of_op) for path in _triton_tests(tests)]
 
 
 def bench_parts(folder: Path, dry_run: bool, groups: list[str] | None) -> list[Part]:
@@ -109,13 +134,13 @@ def bench_parts(folder: Path, dry_run: bool, groups: list[str] | None) -> list[P
     from pyfinetune.bench.gpu_cases import GROUPS
 
     parts = []
-    for name, (_cases, budget) in GROUPS.items():
+    for name, group in GROUPS.items():
         if groups is not None and name not in groups:
             continue
-        lines = folder / f"bench-{name}.jsonl"
+        lines = folder / f"bench-{_file_name(name)}.jsonl"
         options = ["--device", "cpu", "--quick", "--seconds", "0.02"] if dry_run else ["--seconds", "0.5"]
         command = [sys.executable, "-W", "ignore", "-m", "pyfinetune.bench.gpu_worker", name, str(lines), *options]
-        parts.append(Part(name, "bench", command, budget, lines))
+        parts.append(Part(name, "bench", command, group.budget, lines, alone=group.timed))
     return parts
 
 
@@ -146,12 +171,14 @@ def _run_once(part: Part, log, seconds: float) -> int | None:
     process = subprocess.Popen(
         part.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
+    _running.add(process)
     try:
         return process.wait(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
         return None
     finally:
         _end(process)
+        _running.discard(process)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -165,9 +192,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def run_part(part: Part, deadline: float) -> dict[str, Any]:
-    """Run a part, again where its GPU context broke, and say what it found."""
+    """Run a part, again where its GPU context broke, and say what it found; without time for it, say that."""
     start = time.monotonic()
     until = min(start + part.budget, deadline)
+    if deadline - start < _LEAST:
+        return _not_run(part, "left out: no time was left for it")
     code = None
     with tempfile.TemporaryFile() as log:
         for _attempt in range(_RESTARTS + 1):
@@ -183,10 +212,15 @@ def run_part(part: Part, deadline: float) -> dict[str, Any]:
     wrong = result.get("failures") or result.get("errors") or code not in (0, None)
     result["status"] = "timed out" if code is None else "failed" if wrong else "ok"
     if any(text in tail for text in _UNSUPPORTED):
-        result["status"] = "cannot run here"
+        result["status"] = CANNOT
     if code != 0:
         result["log"] = tail
     return result
+
+
+def _not_run(part: Part, status: str) -> dict[str, Any]:
+    result = {"name": part.name, "kind": part.kind, "seconds": 0.0, "exit_code": None}
+    return result | (_tests_of([]) if part.kind == "tests" else _rows_of([])) | {"status": status}
 
 
 def _lines(path: Path) -> list[str]:
@@ -225,7 +259,7 @@ def _rows_of(found: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         ours = row.get("results", {}).get("ours", {"ok": True})
         if not ours["ok"]:
-            errors.append(f"{row['case']}: WRONG: {ours['detail']}")
+            errors.append(f"{row['case']}: {what_is_wrong(ours)}")
     started = [line["started"] for line in found if "started" in line]
     return {
         "ceilings": next((line["ceilings"] for line in found if "ceilings" in line), {}),
@@ -247,28 +281,28 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def _all_parts(tests: list[Part], bench: list[Part], deadline: float, say) -> list[dict[str, Any]]:
-    """The tests side by side, then the benchmark, one group at a time."""
-    results = []
-    workers = max(2, min(len(tests), (os.cpu_count() or 2) // 2))
+def _run_all(parts: list[Part], deadline: float, found: Callable[[Part, dict[str, Any]], None]) -> None:
+    """Neighbours that may share the GPU side by side, the others one at a time; each result goes to `found`."""
+    lock = threading.Lock()
 
-    def run(part: Part) -> dict[str, Any]:
-        result = run_part(part, deadline)
-        say(result)
-        return result
+    def run(part: Part, until: float) -> None:
+        result = run_part(part, until)
+        with lock:
+            found(part, result)
 
-    with ThreadPoolExecutor(workers) as pool:
-        until = time.monotonic() + _TESTS
-        for part in tests:
-            part.budget = min(part.budget, _TESTS)
-        results += pool.map(lambda part: _within(part, until, run), tests)
-    return results + [run(part) for part in bench]
-
-
-def _within(part: Part, until: float, run) -> dict[str, Any]:
-    """A part that waited for a place among the others has what is left of their common time."""
-    part.budget = min(part.budget, until - time.monotonic())
-    return run(part)
+    for (alone, _kind), neighbours in itertools.groupby(parts, lambda part: (part.alone, part.kind)):
+        group = list(neighbours)
+        workers = 1 if alone else max(2, min(len(group), (os.cpu_count() or 2) - 2))
+        # One that waits for a place beside the others has what is left of their time.
+        until = deadline if alone else min(deadline, time.monotonic() + max(part.budget for part in group))
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(functools.partial(run, until=until), group))
+            except BaseException:  # an interrupt must not wait for what is still running
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(_running):
+                    _end(process)
+                raise
 
 
 def _say(result: dict[str, Any]) -> None:
@@ -283,7 +317,12 @@ def _say(result: dict[str, Any]) -> None:
 
 
 def run(
-    tests: Path | None, dry_run: bool = False, wheels: Path | None = None, groups: list[str] | None = None, say=_say
+    tests: Path | None,
+    dry_run: bool = False,
+    wheels: Path | None = None,
+    groups: list[str] | None = None,
+    spent: float = 0.0,
+    write: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Everything, in plain values.
 
@@ -292,26 +331,43 @@ def run(
         dry_run: on a CPU, with tiny shapes.
         wheels: a folder of peers' wheels that are not installed.
         groups: of the benchmark; all when None.
-        say: is told of each part when it is done.
+        spent: seconds of the time for everything that are gone already.
+        write: is given the result when it has begun, and again after each part.
     """
-    start = time.monotonic()
+    start = time.monotonic() - spent
     result = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "dry_run": dry_run,
+        "build_seconds": round(spent, 1),
         "machine": machine(),
         "problems": [],
+        "notes": [],
     }
     with tempfile.TemporaryDirectory(prefix="pyfinetune-gpu-") as name:
-        folder = Path(name)
+        folder, peers = Path(name), Path(name) / "peers"
         bench = bench_parts(folder, dry_run, groups)
         if wheels is not None:
-            problem = install_wheels(wheels, folder / "peers")
+            problem = install_wheels(wheels, peers)
             result["problems"] += [f"--wheels: {problem}"] if problem else []
             for part in bench:
-                part.environment["PYTHONPATH"] = _path_with(folder / "peers")
-        parts = [] if tests is None else test_parts(tests, folder, dry_run)
-        result["parts"] = _all_parts(parts, bench, start + TOTAL - 2 * _GRACE, say)
-    result["seconds"] = round(time.monotonic() - start, 1)
+                part.environment["PYTHONPATH"] = _path_with(peers)
+        sanitizer = find_sanitizer(peers)
+        if sanitizer is None:
+            result["notes"].append("there is no compute-sanitizer here, so nothing ran under it")
+        parts = ([] if tests is None else test_parts(tests, folder, dry_run, sanitizer)) + bench
+        results = {part.name: _not_run(part, "not run: the check was cut off before it") for part in parts}
+
+        def found(part: Part, outcome: dict[str, Any]) -> None:
+            results[part.name] = outcome
+            _say(outcome)
+            publish()
+
+        def publish() -> None:
+            result["parts"], result["seconds"] = list(results.values()), round(time.monotonic() - start, 1)
+            write(result)
+
+        publish()
+        _run_all(parts, start + TOTAL - 2 * _GRACE, found)
     return result
 
 
@@ -323,6 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tests", type=Path, default=Path("tests"), help="the checkout's folder of tests")
     parser.add_argument("--no-tests", action="store_true", help="the benchmark alone")
     parser.add_argument("--bench", help="groups of the benchmark, such as nf4,rows; 'none' for the tests alone")
+    parser.add_argument("--started", type=float, help="when the build began, in seconds since 1970: it counts as well")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU with tiny shapes")
     args = parser.parse_args(argv)
     try:
@@ -339,15 +396,25 @@ def _main(args: argparse.Namespace) -> int:
     if tests is not None and not (tests / "test_gpu.py").is_file():
         raise UserError(f"--tests {args.tests}: holds no test_gpu.py", fix="run this in a checkout, or pass --no-tests")
     groups = None if args.bench is None else [name for name in args.bench.split(",") if name != "none"]
+    spent = 0.0 if args.started is None else max(0.0, time.time() - args.started)
     out = args.out or Path("build/gpu-check" if args.dry_run else "bench/results/gpu")
     out.mkdir(parents=True, exist_ok=True)
-    result = run(tests, args.dry_run, args.wheels, groups)
-    gpus = result["machine"]["gpus"]
-    stem = "dry-run" if args.dry_run or not gpus else _file_name(gpus[0]["name"])
-    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / f"{stem}.md").write_text(markdown_of(result), encoding="utf-8")
+    stem = "dry-run" if args.dry_run else _file_name(torch.cuda.get_device_name())
+
+    def write(result: dict[str, Any]) -> None:
+        _replace(out / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+        _replace(out / f"{stem}.md", markdown_of(result))
+
+    result = run(tests, args.dry_run, args.wheels, groups, spent, write)
     print(f"{result['seconds']:.0f} s; written to {out / stem}.json and .md")
-    return int(any(part["status"] in ("failed", "timed out") for part in result["parts"]) or bool(result["problems"]))
+    return int(any(part["status"] not in ("ok", CANNOT) for part in result["parts"]) or bool(result["problems"]))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    half = path.with_name(path.name + ".part")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,18 @@ from typing import Any
 from pyfinetune.bench.harness import OURS
 
 _NONE = "-"
-HEADERS = ("case", "goal", "who", "ms", "forward, ms", "with host, ms", "theirs / ours", "of limit", "peak, MB", "note")
+HEADERS = ("case", "goal", "who", "ms", "forward, ms", "with host, ms", "tokens/s", "theirs / ours", "of limit")
+HEADERS += ("peak, MB", "note")
+_BLANK = [_NONE] * (len(HEADERS) - 4)
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
     return _NONE if value is None else format(value, form)
+
+
+def what_is_wrong(ours: dict[str, Any]) -> str:
+    """Why our own result does not count, in words."""
+    return f"{'OUT OF MEMORY' if ours.get('out_of_memory') else 'WRONG'}: {ours['detail']}"
 
 
 def _row_cells(row: dict[str, Any], name: str) -> list[str]:
@@ -19,9 +26,9 @@ def _row_cells(row: dict[str, Any], name: str) -> list[str]:
     result, ours = row["results"][name], row["results"][OURS]
     milliseconds = result.get("ms")
     ratio = milliseconds / ours["ms"] if name != OURS and milliseconds and "ms" in ours else None
-    note = "" if result["ok"] else f"{'WRONG' if name == OURS else 'not right here'}: {result['detail']}"
-    if name == OURS and result["ok"]:
-        note = ", ".join(row["ran_on"])
+    note = "; ".join(part for part in (result["detail"], ", ".join(row["ran_on"])) if part) if name == OURS else ""
+    if not result["ok"]:
+        note = what_is_wrong(result) if name == OURS else f"not right here: {result['detail']}"
     return [
         row["case"] if name == OURS else "",
         row["goal"] if name == OURS else "",
@@ -29,6 +36,7 @@ def _row_cells(row: dict[str, Any], name: str) -> list[str]:
         _number(milliseconds),
         _number(result.get("forward_ms")),
         _number(result.get("wall_ms")),
+        _number(result.get("tokens_per_second"), ".0f"),
         _number(ratio, ".2f"),
         _NONE if not milliseconds else f"{row['floor_ms'] / milliseconds:.0%}",
         _number(result.get("peak_mb"), ".0f"),
@@ -41,12 +49,12 @@ def _bench_rows(result: dict[str, Any]) -> list[list[str]]:
     for part in result["parts"]:
         for row in part.get("rows", ()):
             if "error" in row:
-                rows.append([row["case"], "", OURS, *[_NONE] * 6, f"ERROR: {row['error']}"])
+                rows.append([row["case"], "", OURS, *_BLANK, f"ERROR: {row['error']}"])
                 continue
             rows += [_row_cells(row, name) for name in row["results"]]
-            rows += [["", "", name, *[_NONE] * 6, why] for name, why in row["missing"].items()]
+            rows += [["", "", name, *_BLANK, why] for name, why in row["missing"].items()]
         if part.get("cut_off"):
-            rows.append([part["cut_off"], "", OURS, *[_NONE] * 6, "cut off: the time was up"])
+            rows.append([part["cut_off"], "", OURS, *_BLANK, "cut off: the time was up"])
     return rows
 
 
@@ -82,11 +90,18 @@ def _test_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1][:300]
+
+
 def markdown_of(result: dict[str, Any]) -> str:
     """Everything that a reader wants to see of a result of `gpu_check.run`."""
     title = "# GPU check" + (" (dry run on a CPU: the numbers mean nothing)" if result["dry_run"] else "")
-    lines = [title, "", f"{result['created']}, {result['seconds']:.0f} s.", "", *_machine_lines(result), ""]
-    lines += [f"Problem: {problem}" for problem in result["problems"]]
+    took = f"{result['created']}, {result['seconds']:.0f} s, of which the build {result['build_seconds']:.0f} s."
+    lines = [title, "", took, "", *_machine_lines(result), ""]
+    lines += [f"- Problem: {problem}" for problem in result["problems"]]
+    lines += [f"- Note: {note}" for note in result["notes"]]
+    lines += [""] * bool(result["problems"] or result["notes"])
     bench = _bench_rows(result)
     if bench:
         lines += ["## Benchmark", "", *_table(HEADERS, bench), ""]
@@ -100,9 +115,12 @@ def markdown_of(result: dict[str, Any]) -> str:
         lines += ["## Tests", "", *_table(("part", "status", "seconds", "outcomes"), tests), ""]
     for part in result["parts"]:
         for failure in part.get("failures", ()):
-            message = failure["message"].strip().splitlines()[-1:] or [""]
-            lines.append(f"- `{failure['test']}`: {message[0][:300]}")
+            lines.append(f"- `{failure['test']}`: {_last_line(failure['message'])}")
         lines += [f"- {error}" for error in part.get("errors", ())]
         if part["status"] == "timed out":
             lines.append(f"- {part['name']} took longer than it may")
+        elif part["status"].startswith(("left out", "not run")):
+            lines.append(f"- {part['name']}: {part['status']}")
+        elif part["status"] == "failed" and not part.get("failures") and not part.get("errors"):
+            lines.append(f"- {part['name']} ended with {part['exit_code']}: {_last_line(part.get('log', ''))}")
     return "\n".join(lines) + "\n"

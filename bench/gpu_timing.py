@@ -27,9 +27,15 @@ _LONG = 0.02  # seconds: a call as long as that hides what the host does by itse
 
 @dataclass(frozen=True)
 class GpuCase(Case):
-    """A case with the goal that it is measured for, in words."""
+    """A case of the GPU table.
+
+    Args:
+        goal: what it is measured for, in words.
+        tokens: that a call trains on, where that is how its speed is told.
+    """
 
     goal: str = ""
+    tokens: int = 0
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
@@ -163,7 +169,8 @@ def measure(case: Case, device: torch.device, rates: Mapping[str, float], second
     Returns:
         Plain values, ready for JSON: the case, its floor, the missing peers, what ours ran on, and by name under
         `results` the verdict and, where it is right, median and quartiles of the GPU's milliseconds, `wall_ms` of the
-        call with the host, `forward_ms` of the forward pass alone, and megabytes at the peak and saved for backward.
+        call with the host, `forward_ms` of the forward pass alone, tokens a second of a step, and megabytes at the peak
+        and saved for backward.
     """
     with torch.no_grad():  # a call that needs gradients turns them on itself
         setup = case.build(device)
@@ -173,6 +180,8 @@ def measure(case: Case, device: torch.device, rates: Mapping[str, float], second
         right = {name: setup.calls[name] for name, result in results.items() if result["ok"]}
         for name, taken in interleave(right, seconds, device).items():
             results[name] |= summary(taken)
+            if getattr(case, "tokens", 0):
+                results[name]["tokens_per_second"] = 1e3 * case.tokens / results[name]["ms"]
         for name, call in right.items():
             results[name]["wall_ms"] = 1e3 * min(_host_seconds(call, device)[1] for _ in range(3))
         forward = {name: _ignoring(setup.forward[name]) for name in right if name in setup.forward}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pyfinetune.bench.gpu_cases import GROUPS
+from pyfinetune.bench.gpu_step import CappedStep
 from pyfinetune.bench.gpu_timing import ceilings, measure
 
 
@@ -33,13 +34,17 @@ def main(argv: list[str] | None = None) -> None:
             file.write(json.dumps(message) + "\n")
             file.flush()
 
-        rates = ceilings(device, args.quick)
+        group = GROUPS[args.group]
+        rates = ceilings(device, args.quick) if group.timed else {}
         emit(ceilings=rates)
-        for case in GROUPS[args.group][0](args.quick):
+        for case in group.cases(args.quick):
             emit(started=case.name)
             torch.manual_seed(0)
             try:
-                row = measure(case, device, rates, args.seconds)
+                if isinstance(case, CappedStep):
+                    row = case.measure(device)
+                else:
+                    row = measure(case, device, rates, args.seconds)
             except Exception as error:  # one case that fails must not take the others' results along
                 row = {"op": case.op, "case": case.name, "error": f"{type(error).__name__}: {error}"[:2000]}
             emit(row=row)

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from pyfinetune.bench.harness import OURS
+from pyfinetune.errors import UserError
 
 PAGES = ("default", "recycled")
+PEER, BEST_ISA = "peer", "ours, best ISA"
+EVEN = 0.03  # a headline within that of 1 is neither a gain nor a loss
 _NONE = "-"
+
+
+def read_result(path: Path, option: str) -> dict[str, Any]:
+    """A result that was written by `pyfinetune bench --json`.
+
+    Args:
+        path: the file.
+        option: what it was given with, for the message.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        lines_of(result)
+        machine_line(result)
+        return result
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{option} {path}: is no result of the benchmark ({type(error).__name__}: {error})",
+            fix=f"write one: pyfinetune bench --json {path}",
+        ) from error
 
 
 @dataclass
@@ -25,7 +54,10 @@ class Line:
         ratio: theirs / ours, taken within one run.
         of_limit: the floor set by the machine's rates / our time, 1.0 being as fast as it can be.
         target: the case's `Target` against this peer as a dictionary, or None.
+        spread: the middle half of our times, as a share of the median.
+        forward, backward: median milliseconds of ours and the peer's in each pass, with the first setting measured.
         saved: megabytes that ours and the peer keep for the backward pass, where measured.
+        peak: megabytes that they take at their peak.
         problems: what went wrong, in words; `wrong` says whether it was ours.
     """
 
@@ -37,7 +69,11 @@ class Line:
     ratio: dict[str, float] = field(default_factory=dict)
     of_limit: dict[str, float] = field(default_factory=dict)
     target: dict[str, float | None] | None = None
+    spread: dict[str, float] = field(default_factory=dict)
+    forward: dict[str, float] = field(default_factory=dict)
+    backward: dict[str, float] = field(default_factory=dict)
     saved: dict[str, float] = field(default_factory=dict)
+    peak: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     wrong: bool = False
     detail: str = ""
@@ -46,6 +82,16 @@ class Line:
     def headline(self) -> float | None:
         """The smaller of the ratios: what is promised whatever the allocator does."""
         return min(self.ratio.values(), default=None)
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is a ratio to a peer; ours under another instruction set is none."""
+        return self.headline is not None and self.peer != BEST_ISA
+
+    @property
+    def lost(self) -> bool:
+        """Whether the peer is faster, by more than nothing."""
+        return self.compared and self.headline < 1 - EVEN
 
     @property
     def met(self) -> bool | None:
@@ -68,8 +114,9 @@ def _add(line: Line, page: str, row: dict[str, Any], theirs: dict[str, Any] | No
         return
     line.ours[page] = ours["ms"]
     line.of_limit[page] = row["floor_ms"] / ours["ms"]
-    if "saved_mb" in ours:
-        line.saved[OURS] = ours["saved_mb"]
+    if "ms_q1" in ours:
+        line.spread[page] = (ours["ms_q3"] - ours["ms_q1"]) / ours["ms"]
+    _add_details(line, OURS, ours)
     if theirs is None:
         return
     if not theirs["ok"]:
@@ -77,15 +124,25 @@ def _add(line: Line, page: str, row: dict[str, Any], theirs: dict[str, Any] | No
         return
     line.theirs[page] = theirs["ms"]
     line.ratio[page] = theirs["ms"] / ours["ms"]
-    if "saved_mb" in theirs:
-        line.saved["peer"] = theirs["saved_mb"]
+    _add_details(line, PEER, theirs)
+
+
+def _add_details(line: Line, who: str, result: dict[str, Any]) -> None:
+    """What is measured beside the time, from the first setting that has it."""
+    for half in ("forward", "backward"):
+        if half in result:
+            getattr(line, half).setdefault(who, result[half]["ms"])
+    if "saved_mb" in result:
+        line.saved.setdefault(who, result["saved_mb"])
+    if "peak_mb" in result:
+        line.peak.setdefault(who, result["peak_mb"]["both"])
 
 
 def _opponents(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str | None, dict[str, Any] | None]:
     """What a row is compared with: its peers, or ours under the best instruction set, or nothing."""
     if row["versus"] is not None:
         best = rows.get(row["versus"], {}).get("results", {}).get(OURS)
-        return {"ours, best ISA": best} if best else {None: None}
+        return {BEST_ISA: best} if best else {None: None}
     peers = {name: result for name, result in row["results"].items() if name != OURS}
     return peers or {None: None}
 
@@ -136,35 +193,56 @@ def _check_text(line: Line) -> str:
     return "; ".join(line.problems) if line.problems else line.detail
 
 
-def _cells(line: Line) -> list[str]:
-    saved = _NONE
-    if line.saved:
-        saved = " / ".join(f"{line.saved[who]:.1f}" for who in (OURS, "peer") if who in line.saved)
-    return [
-        line.case,
-        _pair(line.ours, _milliseconds),
-        line.peer or _NONE,
-        _pair(line.theirs, _milliseconds),
-        _pair(line.ratio, ".2f"),
-        _NONE if line.headline is None else f"{line.headline:.2f}x",
-        _target_text(line) + {True: " ✓", False: " missed", None: ""}[line.met],
-        _pair(line.of_limit, ".0%"),
-        saved,
-    ]
+def _two(values: dict[str, float], form: Callable[[float], str]) -> str:
+    """Ours / the peer's."""
+    return " / ".join(form(values[who]) for who in (OURS, PEER) if who in values) or _NONE
 
 
-HEADERS = (
-    "case",
-    "ours, ms",
-    "peer",
-    "peer, ms",
-    "peer / ours",
-    "headline",
-    "target",
-    "of limit",
-    "saved, MB",
-)
+def _cells(line: Line) -> dict[str, str]:
+    return {
+        "case": line.case,
+        "ours, ms": _pair(line.ours, _milliseconds),
+        "spread": _pair(line.spread, ".0%"),
+        "peer": line.peer or _NONE,
+        "peer, ms": _pair(line.theirs, _milliseconds),
+        "peer / ours": _pair(line.ratio, ".2f"),
+        "headline": _NONE if line.headline is None else f"{line.headline:.2f}x",
+        "target": _target_text(line) + {True: " ✓", False: " missed", None: ""}[line.met],
+        "of limit": _pair(line.of_limit, ".0%"),
+        "forward, ms": _two(line.forward, _milliseconds),
+        "backward, ms": _two(line.backward, _milliseconds),
+        "saved, MB": _two(line.saved, lambda value: f"{value:.1f}"),
+        "peak, MB": _two(line.peak, lambda value: f"{value:.1f}"),
+    }
+
+
+_ALL_HEADERS = tuple(_cells(Line("", "")))
+_EVERYWHERE = ("case", "ours, ms", "peer", "peer, ms", "headline")  # whatever was measured
 SHORT_HEADERS = ("case", "ours, ms", "peer", "peer, ms", "headline", "target")
+_TERMINAL = ("case", "ours, ms", "spread", "peer", "peer, ms", "headline", "target", "of limit", "forward, ms")
+_TERMINAL += ("backward, ms", "peak, MB")
+
+
+def _headers(cells: list[dict[str, str]], among: Iterable[str]) -> list[str]:
+    """Those of the columns that hold anything."""
+    return [header for header in among if header in _EVERYWHERE or any(row[header] != _NONE for row in cells)]
+
+
+def rows_of(lines: list[Line], promised: bool = False) -> tuple[list[str], list[list[str]]]:
+    """The headers and the cells of a table of the lines; `promised` for fewer columns."""
+    cells = [_cells(line) | ({"ours, ms": "WRONG"} if line.wrong else {}) for line in lines]
+    headers = _headers(cells, SHORT_HEADERS if promised else _ALL_HEADERS)
+    return headers, [[row[header] for header in headers] for row in cells]
+
+
+def peers_line(result: dict[str, Any]) -> str:
+    """The peers with their versions, and which are missing and why."""
+    peers = result.get("peers", {})
+    here = [f"{n} {p['version']}" for n, p in peers.items() if not p["missing"] and not p["left_out"]]
+    missing = [f"{name} ({peer['missing']})" for name, peer in peers.items() if peer["missing"]]
+    left = [f"{n} ({p['left_out']})" for n, p in peers.items() if p["left_out"] and not p["missing"]]
+    parts = [("peers", here), ("missing", missing), ("left out", left)]
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in parts if found)
 
 
 def machine_line(result: dict[str, Any]) -> str:
@@ -194,22 +272,24 @@ def ceilings_line(result: dict[str, Any]) -> str:
 EXPLANATION = (
     "Pairs are with the allocator as it comes / with recycled pages; the headline is the smaller ratio. "
     "'of limit': time that the machine's own GEMM or copy rate, measured with each case, allows / our time. "
-    "'saved': kept for the backward pass, ours / peer."
+    "'spread': the middle half of our times, as a share of the median. Ours / the peer's: time of the 'forward' "
+    "and the 'backward' pass, megabytes 'saved' for the backward pass, and taken at the 'peak' of the whole call."
 )
 
 
 def table_of(result: dict[str, Any]) -> Table:
     """The result as a table for the terminal."""
     table = Table(title=machine_line(result), caption=f"{ceilings_line(result)}\n{EXPLANATION}", title_justify="left")
-    for header in (*HEADERS, "check"):
+    lines = lines_of(result)
+    cells = [_cells(line) for line in lines]
+    headers = _headers(cells, _TERMINAL)
+    for header in (*headers, "check"):
         table.add_column(header, overflow="fold", no_wrap=header == "headline")
-    last_op = None
-    for line in lines_of(result):
-        if last_op not in (None, line.op):
+    for line, row, before in zip(lines, cells, [None, *lines], strict=False):
+        if before is not None and before.op != line.op:
             table.add_section()
-        last_op = line.op
         style = "red" if line.wrong else "yellow" if line.met is False else None
-        table.add_row(*_cells(line), _check_text(line), style=style)
+        table.add_row(*(row[header] for header in headers), _check_text(line), style=style)
     return table
 
 
@@ -220,16 +300,11 @@ def markdown_of(result: dict[str, Any], promised: bool = False) -> str:
         result: what `runner.run` returned.
         promised: only the cases that have a target, and fewer columns.
     """
-    columns = [HEADERS.index(header) for header in (SHORT_HEADERS if promised else HEADERS)]
-    rows = []
-    for line in lines_of(result):
-        if promised and line.target is None and not line.wrong:
-            continue
-        cells = _cells(line)
-        if line.wrong:
-            cells[HEADERS.index("ours, ms")] = "WRONG"
-        rows.append([cells[column].replace("|", "\\|") for column in columns])
-    head = [[HEADERS[column] for column in columns], ["---"] * len(columns)]
-    table = [f"| {' | '.join(cells)} |" for cells in head + rows]
+    lines = [line for line in lines_of(result) if not promised or line.target is not None or line.wrong]
+    headers, rows = rows_of(lines, promised)
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    table = [f"| {' | '.join(row)} |" for row in [headers, ["---"] * len(headers), *rows]]
     notes = [] if promised else [ceilings_line(result) + ". " + EXPLANATION]
-    return "\n".join([machine_line(result) + ".", "", *table, *(["", *notes] if notes else [])])
+    if not promised and "peers" in result:
+        notes.append(peers_line(result) + ".")
+    return "\n".join([machine_line(result) + ".", "", *table, *(line for note in notes for line in ("", note))])

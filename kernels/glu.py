@@ -11,13 +11,14 @@ In float32, rounded once; 16-bit results from at least 13 right bits. Reference:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import Compilation, Config, capability_of, first_fitting
+from pyfinetune.kernels.config import Compilation, Config, Family, Work, capability_of, size_class
 from pyfinetune.kernels.rows import row_offset, rows_of, signature
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -179,15 +180,39 @@ def _glu_bwd_kernel(
     tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def configs(cols: int, backward: bool = False) -> list[Config]:
-    """Tiles, best first: 2048 elements, of which a thread has 16 of each tensor on the way forward (four loads of 16
-    bytes in flight) and 8 on the way back, where there are three tensors and two results. No shared memory."""
-    block_n = min(triton.next_power_of_2(cols), 2048)
-    warps = 8 if backward else 4
-    return [Config({"BLOCK_M": 2048 // block_n, "BLOCK_N": block_n}, num_warps=warps, num_stages=1)]
+# (Elements of a tile, warps), best first.
+_TILES = {
+    # A thread has 16 of each tensor on the way forward: four loads of 16 bytes in flight.
+    "forward": ((2048, 4), (1024, 4), (4096, 8), (1024, 2)),
+    # And 8 on the way back, where there are three tensors and two results.
+    "backward": ((2048, 8), (1024, 4), (2048, 4), (4096, 8)),
+}
 
 
-def _launch(kernel, results, tensors, activation: str) -> None:
+def _candidates(way: str, capability: int, itemsize: int, cols: int, numel: int) -> list[Config]:
+    """Of rows of `cols` elements, a power of two that is a tile at most; no shared memory."""
+    tensors, results = (2, 1) if way == "forward" else (3, 2)
+    found = []
+    for elements, warps in _TILES[way]:
+        block_n = min(cols, elements)
+        work = Work(triton.cdiv(numel, elements), (tensors + results) * itemsize * numel, tensors * itemsize * elements)
+        registers = (tensors + results) * elements // (32 * warps) + 32
+        blocks = {"BLOCK_M": elements // block_n, "BLOCK_N": block_n}
+        found.append(Config(blocks, warps, 1, registers=registers, work=work))
+    return found
+
+
+_FIELDS = ("itemsize", "cols", "numel")
+FWD = Family("glu_fwd", _FIELDS, functools.partial(_candidates, "forward"))
+BWD = Family("glu_bwd", _FIELDS, functools.partial(_candidates, "backward"))
+
+
+def _class(itemsize: int, cols: int, numel: int) -> tuple[int, int, int]:
+    # Elements are independent, so that bits depend on neither.
+    return itemsize, size_class(cols, 1, 4096), size_class(numel, 1 << 16, 1 << 28)
+
+
+def _launch(family: Family, kernel, results, tensors, activation: str) -> None:
     gate = tensors[0]
     if gate.numel() == 0:
         return
@@ -195,20 +220,31 @@ def _launch(kernel, results, tensors, activation: str) -> None:
         tensors = [tensor.view(-1) for tensor in tensors]
     rows = rows_of(*tensors)
     cols = tensors[0].shape[-1]
-    config = first_fitting(configs(cols, backward=len(results) > 1), capability_of(gate))
-    grid = (triton.cdiv(rows.count, config.blocks["BLOCK_M"]) * triton.cdiv(cols, config.blocks["BLOCK_N"]),)
-    kernel[grid](
-        *results,
-        *rows.tensors,
-        rows.count,
-        cols,
-        *rows.sizes,
-        *(stride for strides in rows.strides for stride in strides),
-        DIMS=rows.dims,
-        ACTIVATION=activation,
-        ROUGH=gate.element_size() == 2,
-        **config.options(),
-    )
+
+    def launch(config: Config) -> None:
+        grid = (triton.cdiv(rows.count, config.blocks["BLOCK_M"]) * triton.cdiv(cols, config.blocks["BLOCK_N"]),)
+        kernel[grid](
+            *results,
+            *rows.tensors,
+            rows.count,
+            cols,
+            *rows.sizes,
+            *(stride for strides in rows.strides for stride in strides),
+            DIMS=rows.dims,
+            ACTIVATION=activation,
+            ROUGH=gate.element_size() == 2,
+            **config.options(),
+        )
+
+    of_class = _class(gate.element_size(), cols, gate.numel())
+    launch(family.choose(capability_of(gate), *of_class, launch=launch))
+
+
+def describe(capability: int, gate: torch.Tensor, up: torch.Tensor) -> list[str]:
+    """How both directions would be launched, for `pf.explain`."""
+    cols = gate.numel() if gate.is_contiguous() and up.is_contiguous() else gate.shape[-1]
+    of_class = _class(gate.element_size(), cols, gate.numel())
+    return [FWD.describe(capability, *of_class), BWD.describe(capability, *of_class)] if gate.numel() else []
 
 
 def glu(out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
@@ -219,7 +255,7 @@ def glu(out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
         gate, up: of one shape and dtype, the last dimension contiguous; any strides of the others.
         activation: "silu", "gelu_tanh" or "gelu".
     """
-    _launch(_glu_fwd_kernel, (out,), (gate, up), activation)
+    _launch(FWD, _glu_fwd_kernel, (out,), (gate, up), activation)
 
 
 def glu_bwd(
@@ -236,7 +272,7 @@ def glu_bwd(
         dgate, dup: of gate's shape and dtype, contiguous.
         dout, gate, up, activation: as in `glu`; dout of gate's shape and dtype.
     """
-    _launch(_glu_bwd_kernel, (dgate, dup), (dout, gate, up), activation)
+    _launch(BWD, _glu_bwd_kernel, (dgate, dup), (dout, gate, up), activation)
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
@@ -244,7 +280,9 @@ def compilations(capability: int) -> Iterator[Compilation]:
     for activation in ("silu", "gelu_tanh", "gelu"):
         for dtype, cols, dims in (("bf16", 14336, 1), ("fp16", 1536, 1), ("fp32", 14336, 1), ("bf16", 96, 3)):
             constants = {"DIMS": dims, "ACTIVATION": activation, "ROUGH": dtype != "fp32"}
-            for name, kernel in (("forward", _glu_fwd_kernel), ("backward", _glu_bwd_kernel)):
-                config = first_fitting(configs(cols, backward=name == "backward"), capability)
-                fields = signature(kernel, {**constants, **config.blocks}, {}, f"*{dtype}")
-                yield Compilation(f"{name} {activation} {cols} {dtype}", kernel, fields, constants, config)
+            of_class = _class(4 if dtype == "fp32" else 2, cols, 8192 * cols)
+            for name, family, kernel in (("forward", FWD, _glu_fwd_kernel), ("backward", BWD, _glu_bwd_kernel)):
+                for config, label, alternative in family.instances(capability, *of_class):
+                    fields = signature(kernel, {**constants, **config.blocks}, {}, f"*{dtype}")
+                    title = f"{name} {activation} {cols} {dtype}{label}"
+                    yield Compilation(title, kernel, fields, constants, config, alternative=alternative)

@@ -22,15 +22,18 @@ pyfinetune/ops/linear_cross_entropy.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, capability_of, first_fitting
+from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, Family, Work, capability_of
+from pyfinetune.kernels.gpus import gpu_of
 from pyfinetune.kernels.linear_cross_entropy_products import Chunk, own_products, products_for
 from pyfinetune.kernels.linear_cross_entropy_products import compilations as product_compilations
+from pyfinetune.kernels.linear_cross_entropy_products import describe as describe_products
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Elements that a row of logits is padded to: 128 bytes of a 16-bit type, so that every row is read in whole vectors
@@ -242,34 +245,60 @@ def _linear_cross_entropy_scale_kernel(
     tl.store(out_ptr + row[:, None] * width + cols[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def configs(kernel: str, capability: int, width: int = 0) -> list[Config]:
-    """Best first, for one of this file's kernels by the end of its name, over rows of `width` elements.
+_ROWS = 2048  # of a chunk, that a choice is made for: a loss's bits must not depend on how many tokens there are
+
+
+def _only(kernel: str, capability: int, width: int = 0) -> list[Config]:
+    """The one configuration of what moves tokens and sums columns, over rows of `width` elements.
 
     All are bound by memory: what counts is whole cache lines, about 16 elements a thread under way, and no spills.
-    `fwd` walks each row twice; with 16 warps to a long row few rows are under way at a time, and much of the way back
-    is still in the second-level cache.
     """
     if capability == INTERPRETER:
         cols = _power(width, 64, 512)
-        blocks = {"rows": {"BLOCK": 64}, "fwd": {"ROWS": 32, "BLOCK": cols}, "bias": {"ROWS": 64, "BLOCK": 256}}
+        blocks = {"rows": {"BLOCK": 64}, "bias": {"ROWS": 64, "BLOCK": 256}}
         return [Config(blocks.get(kernel, {"ROWS": 64, "BLOCK": cols}))]
     if kernel == "rows":
         return [Config({"BLOCK": 4096}, num_warps=8, shared_bytes=1024)]
     if kernel == "bias":
         return [Config({"ROWS": 32, "BLOCK": 128}, num_warps=8, shared_bytes=32 * 128 * 4)]
-    if kernel == "fwd":
-        block = _power(width, 512, 4096 if capability >= 120 else 8192)  # compiled for sm_120, 8192 spill
-        return [Config({"ROWS": 1, "BLOCK": block}, num_warps=max(4, block // 512), shared_bytes=4 * block + 1024)]
     block = _power(width, 64, 1024)
     return [Config({"ROWS": 4096 // block, "BLOCK": block}, num_warps=8, shared_bytes=1024)]
+
+
+def _fwd_candidates(capability: int, itemsize: int, width: int, grad: int) -> list[Config]:
+    """Of the walk over the logits: each row is read once, and with `grad` again on the way back, and written.
+
+    With 16 warps to a long row few rows are under way at a time, and as much of the way back is in the second-level
+    cache as that holds of them.
+    """
+    if capability == INTERPRETER:
+        return [Config({"ROWS": 32, "BLOCK": _power(width, 64, 512)})]
+    gpu, found = gpu_of(capability), []
+    for most in (8192, 4096, 2048):
+        if most == 8192 and capability >= 120:
+            continue  # compiled for sm_120 it spills
+        block = _power(width, 512, most)
+        warps, row = max(4, block // 512), itemsize * width
+        shared, registers = 4 * block + 1024, 5 * block // (32 * warps) + 32
+        walked = gpu.multiprocessors * gpu.resident(warps, shared, registers) * row
+        again = row * (2 - min(1.0, gpu.cache_bytes / max(walked, 1))) if grad else 0
+        asked = _ROWS * row * (3 if grad else 1)
+        steps = triton.cdiv(width, block) * (2 if grad else 1)
+        work = Work(_ROWS, _ROWS * (row + again), 2 * itemsize * block, asked, steps=steps)
+        found.append(Config({"ROWS": 1, "BLOCK": block}, warps, 2, shared, registers, work))
+    return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 def _power(size: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
-def _config(kernel: str, capability: int, width: int = 0) -> Config:
-    return first_fitting(configs(kernel, capability, width), capability)
+_NAME = "linear_cross_entropy"
+FWD = Family(f"{_NAME}_fwd", ("itemsize", "width", "grad"), _fwd_candidates)
+ROWS = Family(f"{_NAME}_rows", (), functools.partial(_only, "rows"))
+BIAS = Family(f"{_NAME}_bwd_bias", (), functools.partial(_only, "bias"))
+MOVE = Family(f"{_NAME}_move", ("width",), functools.partial(_only, "move"))
+SCALE = Family(f"{_NAME}_scale", ("width",), functools.partial(_only, "scale"))
 
 
 def padded_vocabulary(vocab: int) -> int:
@@ -281,7 +310,7 @@ def _tokens_first(labels: torch.Tensor, ignore_index: int, capability: int) -> C
     """All tokens as one chunk, those that count first."""
     tokens = labels.shape[0]
     rows, targets, count = labels.new_empty(tokens), labels.new_empty(tokens), labels.new_empty(1)
-    options = _config("rows", capability).options()
+    options = ROWS.choose(capability).options()
     _linear_cross_entropy_rows_kernel[(1,)](
         labels, rows, targets, count, labels.stride(0), tokens, ignore_index, **options
     )
@@ -291,7 +320,7 @@ def _tokens_first(labels: torch.Tensor, ignore_index: int, capability: int) -> C
 def _move(chunk: Chunk, out, source, factor=None, scatter=False) -> None:
     """Gather the chunk's rows of `source` into `out`, or scatter `source`, times a factor, to those rows of `out`."""
     width = out.shape[1]
-    config = _config("move", chunk.capability, width)
+    config = MOVE.choose(chunk.capability, width)
     grid = (triton.cdiv(chunk.size, config.blocks["ROWS"]), triton.cdiv(width, config.blocks["BLOCK"]))
     if not width:
         return
@@ -314,34 +343,39 @@ def _move(chunk: Chunk, out, source, factor=None, scatter=False) -> None:
 
 def _losses(chunk: Chunk, z, vocab: int, losses, bias, softcap: float, scale, grad: bool, zeros: bool) -> None:
     """The losses of the chunk's tokens, and with `grad` the gradient in place of the logits z."""
-    config = _config("fwd", chunk.capability, z.shape[1])
-    _linear_cross_entropy_fwd_kernel[(triton.cdiv(chunk.size, config.blocks["ROWS"]),)](
-        z,
-        chunk.count if bias is None else bias,
-        chunk.rows,
-        chunk.targets,
-        chunk.count,
-        chunk.count if scale is None else scale,
-        losses,
-        z.stride(0),
-        0 if bias is None else bias.stride(0),
-        chunk.start,
-        chunk.size,
-        vocab,
-        z.shape[1],
-        softcap,
-        BIAS=bias is not None,
-        SOFTCAP=softcap != 0.0,
-        SCALE=scale is not None,
-        GRAD=grad,
-        ZEROS=grad and zeros,
-        **config.options(),
-    )
+
+    def launch(config: Config, z=z) -> None:
+        _linear_cross_entropy_fwd_kernel[(triton.cdiv(chunk.size, config.blocks["ROWS"]),)](
+            z,
+            chunk.count if bias is None else bias,
+            chunk.rows,
+            chunk.targets,
+            chunk.count,
+            chunk.count if scale is None else scale,
+            losses,
+            z.stride(0),
+            0 if bias is None else bias.stride(0),
+            chunk.start,
+            chunk.size,
+            vocab,
+            z.shape[1],
+            softcap,
+            BIAS=bias is not None,
+            SOFTCAP=softcap != 0.0,
+            SCALE=scale is not None,
+            GRAD=grad,
+            ZEROS=grad and zeros,
+            **config.options(),
+        )
+
+    # A measurement must not overwrite the logits.
+    of_class = z.element_size(), z.shape[1], int(grad)
+    launch(FWD.choose(chunk.capability, *of_class, launch=launch, aside=z.clone))
 
 
 def _column_sums(chunk: Chunk, out, g) -> None:
     """Add the sums of g's columns; the first chunk writes them."""
-    config, vocab = _config("bias", chunk.capability), out.shape[0]
+    config, vocab = BIAS.choose(chunk.capability), out.shape[0]
     if not vocab:
         return
     _linear_cross_entropy_bwd_bias_kernel[(triton.cdiv(vocab, config.blocks["BLOCK"]),)](
@@ -434,7 +468,7 @@ def linear_cross_entropy_scale(grad: torch.Tensor, scale: torch.Tensor, dtype: t
     """grad [M, N] times scale [M] or [1], zero where that is, in another dtype."""
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     (rows, width), out = grad.shape, grad.new_empty(grad.shape, dtype=dtype)
-    config = _config("scale", capability_of(grad), width)
+    config = SCALE.choose(capability_of(grad), width)
     grid = (triton.cdiv(rows, config.blocks["ROWS"]), triton.cdiv(width, config.blocks["BLOCK"]))
     if out.numel():
         stride = scale.stride(0) if scale.shape[0] == rows else 0
@@ -444,31 +478,41 @@ def linear_cross_entropy_scale(grad: torch.Tensor, scale: torch.Tensor, dtype: t
     return out
 
 
+def describe(capability: int, hidden: torch.Tensor, weight: torch.Tensor, tokens: int, grad: bool) -> list[str]:
+    """How a chunk of so many tokens would be launched, for `pf.explain`."""
+    vocab, width = weight.shape
+    if not tokens or not vocab:
+        return []
+    lines = [FWD.describe(capability, hidden.element_size(), padded_vocabulary(vocab), int(grad))]
+    if own_products(capability, hidden.dtype):
+        return lines + describe_products(capability, tokens, vocab, width, grad)
+    return [*lines, "linear_cross_entropy products: the library's"]
+
+
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every kernel for a head of 128256 x 4096 in bfloat16, and the walk over the logits in float32 too."""
     vocab, width = 128256, 4096
-    for dtype in ("*bf16", "*fp32"):
+    for dtype, itemsize in (("*bf16", 2), ("*fp32", 4)):
         for options in ({}, {"GRAD": True}, {"GRAD": True, "BIAS": True, "SOFTCAP": True, "SCALE": True}):
             flags = {"BIAS": False, "SOFTCAP": False, "SCALE": False, "GRAD": False, **options}
             flags["ZEROS"] = flags["GRAD"] and not own_products(capability, torch.bfloat16)
             types = {"logits_ptr": dtype, "bias_ptr": dtype, "losses_ptr": "*fp32", "scale_ptr": "*fp32"}
-            name = f"fwd {dtype} " + " ".join(options)
-            yield _compilation(name, _linear_cross_entropy_fwd_kernel, capability, types, flags, "fwd", vocab)
-    yield _compilation("rows", _linear_cross_entropy_rows_kernel, capability, {}, {}, "rows")
+            name, of_class = f"fwd {dtype} " + " ".join(options), (itemsize, vocab, int(flags["GRAD"]))
+            yield from _instances(name, _linear_cross_entropy_fwd_kernel, capability, types, flags, FWD, *of_class)
+    yield from _instances("rows", _linear_cross_entropy_rows_kernel, capability, {}, {}, ROWS)
     kernel, types = _linear_cross_entropy_move_kernel, {"out_ptr": "*bf16", "in_ptr": "*bf16", "factor_ptr": "*fp32"}
     for flags in ({"SCATTER": False, "FACTOR": False}, {"SCATTER": True, "FACTOR": False}):
-        yield _compilation(f"move {flags}", kernel, capability, types, flags, "move", width)
-    types = {"out_ptr": "*fp32", "g_ptr": "*bf16"}
-    flags = {"ACCUMULATE": True}
-    yield _compilation("bias", _linear_cross_entropy_bwd_bias_kernel, capability, types, flags, "bias")
+        yield from _instances(f"move {flags}", kernel, capability, types, flags, MOVE, width)
+    types, flags = {"out_ptr": "*fp32", "g_ptr": "*bf16"}, {"ACCUMULATE": True}
+    yield from _instances("bias", _linear_cross_entropy_bwd_bias_kernel, capability, types, flags, BIAS)
     types = {"out_ptr": "*bf16", "in_ptr": "*fp32", "scale_ptr": "*fp32"}
-    yield _compilation("scale", _linear_cross_entropy_scale_kernel, capability, types, {}, "scale", width)
+    yield from _instances("scale", _linear_cross_entropy_scale_kernel, capability, types, {}, SCALE, width)
     yield from product_compilations(capability)
 
 
-def _compilation(name, kernel, capability: int, types: dict, flags: dict, config_of: str, width=0) -> Compilation:
-    config = _config(config_of, capability, width)
+def _instances(name, kernel, capability: int, types: dict, flags: dict, family: Family, *of_class: int):
     known = dict.fromkeys(("labels_ptr", "rows_ptr", "targets_ptr", "count_ptr"), "*i64") | {"softcap": "fp32"} | types
-    fixed = {*flags, *config.blocks}
-    signature = {arg: "constexpr" if arg in fixed else known.get(arg, "i32") for arg in kernel.arg_names}
-    return Compilation(name, kernel, signature, flags, config)
+    for config, label, alternative in family.instances(capability, *of_class):
+        fixed = {*flags, *config.blocks}
+        signature = {arg: "constexpr" if arg in fixed else known.get(arg, "i32") for arg in kernel.arg_names}
+        yield Compilation(name + label, kernel, signature, flags, config, alternative=alternative)

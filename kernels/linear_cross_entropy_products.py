@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, first_fitting
+from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, Family, Work, size_class
 
 # A100, H100, B200 and their kin: the library's products there use instructions or schedules that Triton's do not.
 _LIBRARY = (80, 90, 100, 103, 110)
@@ -110,22 +110,44 @@ def own_products(capability: int, dtype: torch.dtype) -> bool:
     return capability == INTERPRETER or (dtype != torch.float32 and capability not in _LIBRARY)
 
 
-def configs(capability: int) -> list[Config]:
-    """Best first, for all three products.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), best first. 128x128 tiles need 1/64 of an element of operands for each
+# multiply-add: 1.1 TB/s at an RTX 3090's rate, 2.6 at a 4090's, about half of what their second-level caches deliver.
+# With 128x256 the masks and pointers beside 128 accumulators a thread spill. The smaller ones are for few tokens.
+_TILES = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 3),
+    (64, 128, 64, 4, 3),
+    (128, 64, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+    (32, 128, 64, 4, 3),
+)
 
-    128x128 tiles need 1/64 of an element of operands for each multiply-add: 1.1 TB/s at an RTX 3090's rate, 2.6 at a
-    4090's, about half of what their second-level caches deliver. With 128x256 the masks and pointers beside 128
-    accumulators a thread spill.
-    """
+
+def _candidates(capability: int, m: int, n: int, k: int) -> list[Config]:
+    """For a product [m, k] x [k, n]."""
     if capability == INTERPRETER:
         # In float32 numpy multiplies by its BLAS, 30 times faster than in float16.
         return [Config({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "GROUP_M": 2, "UPCAST": True})]
-    return [_config(128, 128, 64, num_warps=8, num_stages=3), _config(128, 128, 32, num_warps=8, num_stages=3)]
+    return [_config(m, n, k, *tile) for tile in _TILES]
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+def _config(m: int, n: int, k: int, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Config:
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "UPCAST": False}
-    return Config(blocks, num_warps, num_stages, (block_m + block_n) * block_k * 2 * num_stages + 1024)
+    tiles_m, tiles_n, steps = triton.cdiv(m, block_m), triton.cdiv(n, block_n), triton.cdiv(k, block_k)
+    programs, tile = tiles_m * tiles_n, 2 * (block_m + block_n) * block_k
+    # What a program multiplies is whole tiles, be they full or not.
+    flops = 2.0 * programs * block_m * block_n * steps * block_k
+    moved = 2.0 * (m * k + k * n + m * n)
+    work = Work(programs, moved, (stages - 1) * tile, programs * steps * tile, flops, steps, tensor_cores=True)
+    registers = (block_m * block_n + (block_m + block_n) * 16) // (32 * warps) + 60
+    return Config(blocks, warps, stages, stages * tile + 1024, registers, work)
+
+
+FAMILY = Family("linear_cross_entropy_matmul", ("m", "n", "k"), _candidates)
+
+
+def _class(m: int, n: int, k: int) -> tuple[int, int, int]:
+    return size_class(m, 16, 1 << 14), size_class(n, 64, 1 << 18), size_class(k, 64, 1 << 18)
 
 
 @dataclass(frozen=True)
@@ -199,14 +221,19 @@ class OwnProducts:
         self._launch(chunk, _D_WEIGHT, (g, h, out), strides, sizes, g.shape[1], accumulate)
 
     def _launch(self, chunk, product, tensors, strides, sizes, padded, accumulate=False) -> None:
-        config = first_fitting(configs(chunk.capability), chunk.capability)
-        tiles = triton.cdiv(sizes[0], config.blocks["BLOCK_M"]) * triton.cdiv(sizes[1], config.blocks["BLOCK_N"])
-        if not tiles:
-            return
         place = (chunk.start, chunk.size, self.vocab, padded, self.width)
-        _linear_cross_entropy_matmul_kernel[(tiles,)](
-            *tensors, chunk.count, *strides, *place, PRODUCT=product, ACCUMULATE=accumulate, **config.options()
-        )
+        if not all(sizes):
+            return
+
+        def launch(config: Config) -> None:
+            tiles = triton.cdiv(sizes[0], config.blocks["BLOCK_M"]) * triton.cdiv(sizes[1], config.blocks["BLOCK_N"])
+            _linear_cross_entropy_matmul_kernel[(tiles,)](
+                *tensors, chunk.count, *strides, *place, PRODUCT=product, ACCUMULATE=accumulate, **config.options()
+            )
+
+        # What adds to its result cannot be done again to be measured.
+        of_class = _class(*_sizes(product.value, chunk.size, self.vocab, self.width))
+        launch(FAMILY.choose(chunk.capability, *of_class, launch=None if accumulate else launch))
 
 
 def products_for(weight: torch.Tensor, capability: int) -> LibraryProducts | OwnProducts:
@@ -224,10 +251,24 @@ def compilations(capability: int) -> Iterator[Compilation]:
         ("d_hidden", _D_HIDDEN, ("a_k_stride", "b_n_stride"), "*bf16"),
         ("d_weight", _D_WEIGHT, ("a_m_stride", "b_n_stride"), "*fp32"),
     ):
-        config = first_fitting(configs(capability), capability)
+        sizes = _sizes(product.value, 2048, 128256, 4096)
         for accumulate in (False, True) if product == _D_WEIGHT else (False,):
             constants = {"PRODUCT": product, "ACCUMULATE": accumulate} | dict.fromkeys(ones, 1)
             types = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": result, "count_ptr": "*i64"}
-            fixed = {*constants, *config.blocks}
-            signature = {arg: "constexpr" if arg in fixed else types.get(arg, "i32") for arg in kernel.arg_names}
-            yield Compilation(f"{name} accumulate={accumulate}", kernel, signature, constants, config, matmul=True)
+            for config, label, alternative in FAMILY.instances(capability, *_class(*sizes)):
+                fixed = {*constants, *config.blocks}
+                signature = {arg: "constexpr" if arg in fixed else types.get(arg, "i32") for arg in kernel.arg_names}
+                made = f"{name} accumulate={accumulate}{label}", kernel, signature, constants, config
+                yield Compilation(*made, matmul=True, alternative=alternative)
+
+
+def _sizes(product: int, tokens: int, vocab: int, width: int) -> tuple[int, int, int]:
+    """(m, n, k) of a product."""
+    return ((tokens, vocab, width), (tokens, width, vocab), (vocab, width, tokens))[product]
+
+
+def describe(capability: int, tokens: int, vocab: int, width: int, grad: bool) -> list[str]:
+    """How the products of a chunk would be launched, for `pf.explain`."""
+    names = ("logits", "d_hidden", "d_weight") if grad else ("logits",)
+    sizes = (_sizes(product, tokens, vocab, width) for product in range(len(names)))
+    return [f"{name}: {FAMILY.describe(capability, *_class(*each))}" for name, each in zip(names, sizes, strict=True)]

@@ -23,7 +23,8 @@ from pyfinetune.kernels._lora_linear_device import (
     _lora_linear_sum_kernel,
     _lora_linear_up_kernel,
 )
-from pyfinetune.kernels.config import Compilation, Config, capability_of, first_fitting
+from pyfinetune.kernels._lora_linear_tiles import FAMILIES, class_of, parts_of
+from pyfinetune.kernels.config import Compilation, Config, capability_of
 
 SHARED_PASS_RANK = 32  # above it the partial sums of `both` are more bytes than a second pass over G reads
 COPY_NONE, COPY_PLAIN, COPY_DROPPED = 0, 1, 2
@@ -44,55 +45,9 @@ class Dropout(NamedTuple):
         return 1.0 / (1.0 - self.p)
 
 
-def configs(kind: str, block_r: int, itemsize: int, busy: bool = False) -> list[Config]:
-    """Launch configurations of "down", "outer", "both", "up" and "dora" for a tile of the rank, best first.
-
-    All of them read one large matrix once and do 2 * r operations for each of its elements, far below what the tensor
-    cores could: memory is the limit. So tiles are as wide as 16-byte loads of whole lines want, with the stages that
-    keep some 32 KiB in flight on each multiprocessor, which is what the latency of memory asks for at 1 to 4 TB/s.
-    float32 has no tensor cores in IEEE precision; its tiles are small, for the registers' sake. `busy` programs make
-    a mask or sums of squares of their tile besides, and have a smaller one for it.
-    """
-    if itemsize == 4:
-        known = {"down": (32, 32, 4, 2), "outer": (32, 32, 4, 2), "both": (32, 32, 4, 1), "up": (32, 64, 4, 1)}
-        options = [known.get(kind, (32, 64, 8, 1))]
-    elif kind == "down" and busy:
-        options = [(32 if block_r == 32 else 64, 64, 4, 3)] if block_r <= 64 else [(64, 32, 4, 2)]
-    elif kind == "outer" and busy:
-        options = [(64, 64, 4, 3)] if block_r <= 32 else [(32, 64, 4, 3 if block_r <= 64 else 2)]
-    elif kind == "down":
-        options = [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (64, 32, 4, 2)]
-    elif kind == "outer":
-        options = [(64, 128, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (32, 64, 4, 2)]
-    elif kind == "both":
-        options = [(64, 128, 4, 2), (32, 128, 4, 2)]
-    elif kind == "dora":
-        options = [(64, 128, 8, 2), (64, 64, 8, 2)]
-    else:
-        options = [(64, 128, 4, 2), (64, 64, 4, 2)]
-    return [
-        # The stages of both operands, and what a copy of the matrix takes on its way to another layout.
-        Config(
-            {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_R": block_r},
-            num_warps=warps,
-            num_stages=stages,
-            shared_bytes=stages * itemsize * (m * k + (m + k) * block_r) + 2048,
-        )
-        for m, k, warps, stages in options
-    ]
-
-
-def _config(kind: str, rank: int, x: torch.Tensor, busy: bool = False) -> Config:
-    block_r = min(_chunk(x), max(16, triton.next_power_of_2(rank)))
-    capability = capability_of(x)
-    # In Python larger tiles are fewer programs, and nothing else counts.
-    itemsize = x.element_size() if capability else 2
-    block_r = min(block_r, 64) if kind in ("up", "dora") else block_r
-    return first_fitting(configs(kind, block_r, itemsize, busy), capability)
-
-
-def _chunk(x: torch.Tensor) -> int:
-    return 32 if x.element_size() == 4 else 128
+def _choose(kind: str, rank: int, x: torch.Tensor, busy: bool = False, launch=None, aside=None) -> Config:
+    of_class = class_of(kind, rank, x.element_size(), busy, *x.shape)
+    return FAMILIES[kind].choose(capability_of(x), *of_class, launch=launch, aside=aside)
 
 
 @functools.cache
@@ -102,10 +57,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _split(programs: int, steps: int, device: torch.device) -> tuple[int, int]:
     """(parts, steps of each) of a sum, such that `programs` of them fill the GPU twice; at least four steps each."""
-    wanted = triton.cdiv(2 * _multiprocessors(device), max(programs, 1))
-    parts = max(1, min(wanted, triton.cdiv(steps, 4 if device.type == "cuda" else 1), 64))
-    each = triton.cdiv(steps, parts)
-    return (triton.cdiv(steps, each), each) if each else (1, 0)
+    return parts_of(programs, steps, _multiprocessors(device), 4 if device.type == "cuda" else 1)
 
 
 def _float32(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -166,46 +118,46 @@ def down_dropped(x, a, out, dropout: Dropout, copy) -> None:
 
 def _down(x, a, out, scale, dropout, second, copy, how, squares):
     (rows, width), rank = x.shape, a.shape[0]
-    found = None
     if rows == 0:
         return _float32(x, 0) if squares else None
-    config = _config("down", rank, x, squares or dropout is not None)
-    blocks = config.blocks
-    parts, steps = _split(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]), x.device)
-    square = _float32(x, parts, rows) if squares else x
     seed, threshold = _mask_args(x, dropout)
-    for start in range(0, rank, blocks["BLOCK_R"]):
-        chunk = a[start : start + blocks["BLOCK_R"]]
-        part = _float32(x, parts, rows, blocks["BLOCK_R"])
-        first = start == 0
-        _lora_linear_down_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), parts)](
-            part,
-            x,
-            chunk,
-            x if copy is None else copy,
-            square,
-            seed,
-            rows,
-            width,
-            chunk.shape[0],
-            x.stride(0),
-            chunk.stride(0),
-            chunk.stride(1),
-            0 if copy is None else copy.stride(0),
-            steps,
-            threshold,
-            1.0 if dropout is None else dropout.scale,
-            DROPOUT=dropout is not None,
-            QUADS=width % 4 == 0,
-            COPY=how if first or how == COPY_DROPPED else COPY_NONE,
-            SQUARES=squares and first,
-            **config.options(),
-        )
-        stop = start + chunk.shape[0]
-        _add_up(out[:, start:stop], part, scale, None if second is None else second[:, start:stop])
-    if squares:
-        found = square.sum(dim=0)
-    return found
+
+    def launch(config: Config) -> torch.Tensor | None:
+        blocks = config.blocks
+        parts, steps = _split(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]), x.device)
+        square = _float32(x, parts, rows) if squares else x
+        for start in range(0, rank, blocks["BLOCK_R"]):
+            chunk = a[start : start + blocks["BLOCK_R"]]
+            part = _float32(x, parts, rows, blocks["BLOCK_R"])
+            first = start == 0
+            _lora_linear_down_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), parts)](
+                part,
+                x,
+                chunk,
+                x if copy is None else copy,
+                square,
+                seed,
+                rows,
+                width,
+                chunk.shape[0],
+                x.stride(0),
+                chunk.stride(0),
+                chunk.stride(1),
+                0 if copy is None else copy.stride(0),
+                steps,
+                threshold,
+                1.0 if dropout is None else dropout.scale,
+                DROPOUT=dropout is not None,
+                QUADS=width % 4 == 0,
+                COPY=how if first or how == COPY_DROPPED else COPY_NONE,
+                SQUARES=squares and first,
+                **config.options(),
+            )
+            stop = start + chunk.shape[0]
+            _add_up(out[:, start:stop], part, scale, None if second is None else second[:, start:stop])
+        return square.sum(dim=0) if squares else None
+
+    return launch(_choose("down", rank, x, squares or dropout is not None, launch))
 
 
 def outer(t, x, out, scale: float = 1.0, dropout: Dropout | None = None) -> None:
@@ -221,31 +173,34 @@ def outer(t, x, out, scale: float = 1.0, dropout: Dropout | None = None) -> None
     (rows, width), rank = x.shape, t.shape[1]
     if width == 0 or rank == 0:
         return
-    config = _config("outer", rank, x, dropout is not None)
-    blocks = config.blocks
-    strips = triton.cdiv(width, blocks["BLOCK_K"])
-    parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), x.device)
     seed, threshold = _mask_args(x, dropout)
-    for start in range(0, rank, blocks["BLOCK_R"]):
-        chunk = t[:, start : start + blocks["BLOCK_R"]]
-        part = _float32(x, parts, blocks["BLOCK_R"], width)
-        _lora_linear_outer_kernel[(strips, parts)](
-            part,
-            x,
-            chunk,
-            seed,
-            rows,
-            width,
-            chunk.shape[1],
-            x.stride(0),
-            chunk.stride(0),
-            steps,
-            threshold,
-            DROPOUT=dropout is not None,
-            QUADS=width % 4 == 0,
-            **config.options(),
-        )
-        _add_up(out[start : start + chunk.shape[1]].T, part.mT, scale)
+
+    def launch(config: Config) -> None:
+        blocks = config.blocks
+        strips = triton.cdiv(width, blocks["BLOCK_K"])
+        parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), x.device)
+        for start in range(0, rank, blocks["BLOCK_R"]):
+            chunk = t[:, start : start + blocks["BLOCK_R"]]
+            part = _float32(x, parts, blocks["BLOCK_R"], width)
+            _lora_linear_outer_kernel[(strips, parts)](
+                part,
+                x,
+                chunk,
+                seed,
+                rows,
+                width,
+                chunk.shape[1],
+                x.stride(0),
+                chunk.stride(0),
+                steps,
+                threshold,
+                DROPOUT=dropout is not None,
+                QUADS=width % 4 == 0,
+                **config.options(),
+            )
+            _add_up(out[start : start + chunk.shape[1]].T, part.mT, scale)
+
+    launch(_choose("outer", rank, x, dropout is not None, launch))
 
 
 def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
@@ -262,33 +217,36 @@ def both(g, s, b, t, d, scale: float, second=None, copy=None) -> None:
         copy: [m, n] with contiguous rows: takes g itself.
     """
     (rows, width), rank = g.shape, b.shape[1]
-    config = _config("both", rank, g)
-    blocks = config.blocks
-    strips = triton.cdiv(width, blocks["BLOCK_K"])
-    parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), g.device)
-    t_part = _float32(g, strips, rows, blocks["BLOCK_R"])
-    d_part = _float32(g, parts, width, blocks["BLOCK_R"])
-    _lora_linear_both_kernel[(strips, parts)](
-        t_part,
-        d_part,
-        g,
-        s,
-        b,
-        g if copy is None else copy,
-        rows,
-        width,
-        rank,
-        g.stride(0),
-        s.stride(0),
-        b.stride(0),
-        b.stride(1),
-        0 if copy is None else copy.stride(0),
-        steps,
-        COPY=copy is not None,
-        **config.options(),
-    )
-    _add_up(t, t_part, scale, second)
-    _add_up(d, d_part, scale)
+
+    def launch(config: Config) -> None:
+        blocks = config.blocks
+        strips = triton.cdiv(width, blocks["BLOCK_K"])
+        parts, steps = _split(strips, triton.cdiv(rows, blocks["BLOCK_M"]), g.device)
+        t_part = _float32(g, strips, rows, blocks["BLOCK_R"])
+        d_part = _float32(g, parts, width, blocks["BLOCK_R"])
+        _lora_linear_both_kernel[(strips, parts)](
+            t_part,
+            d_part,
+            g,
+            s,
+            b,
+            g if copy is None else copy,
+            rows,
+            width,
+            rank,
+            g.stride(0),
+            s.stride(0),
+            b.stride(0),
+            b.stride(1),
+            0 if copy is None else copy.stride(0),
+            steps,
+            COPY=copy is not None,
+            **config.options(),
+        )
+        _add_up(t, t_part, scale, second)
+        _add_up(d, d_part, scale)
+
+    launch(_choose("both", rank, g, launch=launch))
 
 
 def up(out, s, b, scale: float, onto=None, inner=None, dropout: Dropout | None = None) -> None:
@@ -305,34 +263,39 @@ def up(out, s, b, scale: float, onto=None, inner=None, dropout: Dropout | None =
     rows, width = out.shape
     if out.numel() == 0:
         return
-    config = _config("up", 16 if s is None else s.shape[1], out, dropout is not None)
-    blocks = config.blocks
     seed, threshold = _mask_args(out, dropout)
-    _lora_linear_up_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))](
-        out,
-        out if onto is None else onto,
-        out if inner is None else inner,
-        out if s is None else s,
-        out if s is None else b,
-        seed,
-        rows,
-        width,
-        0 if s is None else s.shape[1],
-        out.stride(0),
-        0 if onto is None else onto.stride(0),
-        0 if inner is None else inner.stride(0),
-        0 if s is None else s.stride(0),
-        0 if s is None else b.stride(0),
-        0 if s is None else b.stride(1),
-        scale,
-        threshold,
-        ONTO=onto is not None,
-        INNER=inner is not None,
-        ADAPTER=s is not None,
-        DROPOUT=dropout is not None,
-        QUADS=width % 4 == 0,
-        **config.options(),
-    )
+
+    def launch(config: Config, to=out) -> None:
+        grid = triton.cdiv(rows, config.blocks["BLOCK_M"]), triton.cdiv(width, config.blocks["BLOCK_K"])
+        _lora_linear_up_kernel[grid](
+            to,
+            out if onto is None else onto,
+            out if inner is None else inner,
+            out if s is None else s,
+            out if s is None else b,
+            seed,
+            rows,
+            width,
+            0 if s is None else s.shape[1],
+            to.stride(0),
+            0 if onto is None else onto.stride(0),
+            0 if inner is None else inner.stride(0),
+            0 if s is None else s.stride(0),
+            0 if s is None else b.stride(0),
+            0 if s is None else b.stride(1),
+            scale,
+            threshold,
+            ONTO=onto is not None,
+            INNER=inner is not None,
+            ADAPTER=s is not None,
+            DROPOUT=dropout is not None,
+            QUADS=width % 4 == 0,
+            **config.options(),
+        )
+
+    # A measurement must not add to what it reads.
+    aside = functools.partial(torch.empty_like, out)
+    launch(_choose("up", 16 if s is None else s.shape[1], out, dropout is not None, launch, aside))
 
 
 def dora(y, z, s, b, scale: float, factor, base=None, bias=None) -> None:
@@ -349,27 +312,30 @@ def dora(y, z, s, b, scale: float, factor, base=None, bias=None) -> None:
     rows, width = y.shape
     if y.numel() == 0:
         return
-    config = _config("dora", s.shape[1], y)
-    blocks = config.blocks
-    _lora_linear_dora_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))](
-        y,
-        z,
-        y if base is None else base,
-        factor,
-        factor if bias is None else bias,
-        s,
-        b,
-        rows,
-        width,
-        s.shape[1],
-        s.stride(0),
-        b.stride(0),
-        b.stride(1),
-        scale,
-        BASE=base is not None,
-        BIAS=bias is not None,
-        **config.options(),
-    )
+
+    def launch(config: Config, z=z) -> None:
+        grid = triton.cdiv(rows, config.blocks["BLOCK_M"]), triton.cdiv(width, config.blocks["BLOCK_K"])
+        _lora_linear_dora_fwd_kernel[grid](
+            y,
+            z,
+            y if base is None else base,
+            factor,
+            factor if bias is None else bias,
+            s,
+            b,
+            rows,
+            width,
+            s.shape[1],
+            s.stride(0),
+            b.stride(0),
+            b.stride(1),
+            scale,
+            BASE=base is not None,
+            BIAS=bias is not None,
+            **config.options(),
+        )
+
+    launch(_choose("dora", s.shape[1], y, launch=launch, aside=z.clone))
 
 
 def dora_bwd(g, dout, z, factor) -> torch.Tensor | None:
@@ -402,6 +368,37 @@ def dora_bwd(g, dout, z, factor) -> torch.Tensor | None:
     return None if part is None else part.sum(dim=0)
 
 
+def describe(
+    capability: int, x: torch.Tensor, rank: tuple[int, int], out_features: int, packed: bool, dropout: bool, dora: bool
+) -> list[str]:
+    """How the products of a rank would be launched in both directions, for `pf.explain`.
+
+    Args:
+        capability: of the GPU.
+        x: [m, in].
+        rank: the projection's own, and that of all which share x with it.
+        out_features: of the projection.
+        packed, dropout, dora: whether its base is in 4 bits, and what its adapter has.
+    """
+    (rows, width), (own, shared) = x.shape, rank
+    if not own:
+        return []
+    wanted = [("down", shared, dropout, width)]
+    if dora:
+        wanted.append(("dora", own, False, out_features))
+    elif not packed:
+        wanted.append(("up", own, False, out_features))
+    if own <= SHARED_PASS_RANK:
+        wanted.append(("both", own, False, out_features))
+    else:
+        wanted += [("down", own, False, out_features), ("outer", own, False, out_features)]
+    wanted.append(("outer", shared, dropout, width))
+    if dropout or not packed:
+        wanted.append(("up", shared, dropout, width))
+    classes = ((kind, class_of(kind, r, x.element_size(), busy, rows, columns)) for kind, r, busy, columns in wanted)
+    return [FAMILIES[kind].describe(capability, *of_class) for kind, of_class in classes]
+
+
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every kernel as it is launched for a model's layers: see `kernels.config.Compilation`."""
     for rank in (16, 32, 64, 128):
@@ -415,37 +412,38 @@ def _instances(capability: int, dtype: str, rank: int, dropout: bool) -> Iterato
     itemsize, label = (2, f"{dtype} r{rank}") if dtype == "bf16" else (4, f"{dtype} r{rank}")
     name = f"{label} dropout" if dropout else label
 
-    def made(kind, kernel, pointers, constants):
-        block_r = min(rank, 64) if kind in ("up", "dora") else rank
+    def made(kind, kernel, pointers, constants, label=None):
         busy = constants.get("DROPOUT", False) or constants.get("SQUARES", False)
-        config = first_fitting(configs(kind, block_r, itemsize, busy), capability)
         unit = {"down": "a_col_stride"}.get(kind, "b_col_stride")  # A and B as they lie in memory
         constants = {key: value for key, value in {**constants, unit: 1}.items() if key in kernel.arg_names}
         types = {n: pointers.get(n, f"*{dtype}") for n in kernel.arg_names if n.endswith("_ptr")}
         types |= {n: "fp32" for n in kernel.arg_names if n.endswith("scale")}
-        rest = set(kernel.arg_names) - set(types) - set(constants) - set(config.blocks)
+        rest = set(kernel.arg_names) - set(types) - set(constants) - {"BLOCK_M", "BLOCK_K", "BLOCK_R"}
         types |= {n: "i64" if n in ("threshold", "rows") or n.endswith("stride") else "i32" for n in rest}
-        return Compilation(f"{kind} {name}", kernel, types, constants, config, matmul=dtype == "bf16")
+        of_class = class_of(kind, rank, itemsize, busy, 8192, 4096)
+        for config, apart, alternative in FAMILIES[kind].instances(capability, *of_class):
+            title = f"{label or kind} {name}{apart}"
+            matmul = dtype == "bf16"
+            yield Compilation(title, kernel, types, constants, config, matmul=matmul, alternative=alternative)
 
     part, seed = {"part_ptr": "*fp32"}, {"seed_ptr": "*i64"}
     flags = {"DROPOUT": dropout, "QUADS": True}
     copy = COPY_DROPPED if dropout and rank == 16 else COPY_PLAIN
     more = {"COPY": copy, "SQUARES": False}
-    yield made("down", _lora_linear_down_kernel, {**part, **seed, "square_ptr": "*fp32"}, flags | more)
-    yield made("outer", _lora_linear_outer_kernel, {**part, **seed}, flags)
+    yield from made("down", _lora_linear_down_kernel, {**part, **seed, "square_ptr": "*fp32"}, flags | more)
+    yield from made("outer", _lora_linear_outer_kernel, {**part, **seed}, flags)
     more = {"ONTO": True, "INNER": False, "ADAPTER": True}
-    yield made("up", _lora_linear_up_kernel, seed, flags | more)
+    yield from made("up", _lora_linear_up_kernel, seed, flags | more)
     if dropout and dtype == "bf16":
         return
     pointers = {**part, "square_ptr": "*fp32", "seed_ptr": "*i64"}
     norms = flags | {"DROPOUT": False, "COPY": COPY_NONE, "SQUARES": True}
-    found = made("down", _lora_linear_down_kernel, pointers, norms)
-    yield Compilation(f"norms {name}", found.kernel, found.signature, found.constants, found.config, found.matmul)
+    yield from made("down", _lora_linear_down_kernel, pointers, norms, "norms")
     if rank <= SHARED_PASS_RANK:
         pointers = {"t_part_ptr": "*fp32", "d_part_ptr": "*fp32"}
-        yield made("both", _lora_linear_both_kernel, pointers, {"COPY": True})
+        yield from made("both", _lora_linear_both_kernel, pointers, {"COPY": True})
     pointers = {"factor_ptr": "*fp32"}
-    yield made("dora", _lora_linear_dora_fwd_kernel, pointers, {"BASE": True, "BIAS": True})
+    yield from made("dora", _lora_linear_dora_fwd_kernel, pointers, {"BASE": True, "BIAS": True})
     config = Config({"BLOCK_M": 64, "BLOCK_R": rank}, num_warps=4)
     types = {"out_ptr": f"*{dtype}", "second_ptr": f"*{dtype}", "part_ptr": "*fp32", "scale": "fp32", "rows": "i64"}
     types |= dict.fromkeys(["rank", "splits"], "i32")

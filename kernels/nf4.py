@@ -12,22 +12,43 @@ A program takes whole blocks, TILE elements in all; a row of its tile is one blo
 Reference: pyfinetune/ops/nf4.py.
 """
 
+import functools
 from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import Compilation, Config
+from pyfinetune.kernels.config import Compilation, Config, Family, Work, capability_of, size_class
 
-# 16 bytes of codes to a thread of four warps; a block of the largest size.
-TILE = 4096
+# (Elements of a tile, warps), best first: 16 bytes of codes to a thread; a block of the largest size fits the first.
+_TILES = ((4096, 4), (2048, 2), (8192, 8), (2048, 4))
 # Bits of 1e-38, the smallest scale that an encoder divides by. As integers magnitudes compare like floats, and NaN
 # comes last; as a Python float the number is below float32's normal range and would be taken for a double.
 _MIN_ABSMAX_BITS = tl.constexpr(0x006CE3EE)
 
 
-def _blocks(block_size: int) -> int:
-    return max(1, TILE // block_size)
+def _candidates(tensors: float, capability: int, itemsize: int, block_size: int, numel: int) -> list[Config]:
+    """`tensors`: of a tile's size that are in registers at a time."""
+    found = []
+    for elements, warps in _TILES:
+        blocks = elements // block_size
+        if not blocks:
+            continue
+        moved = numel * (0.5 + itemsize + 4 / block_size)
+        work = Work(triton.cdiv(numel, elements), moved, elements * (itemsize if tensors > 2 else 0.5))
+        registers = int(tensors * elements) // (32 * warps) + 32
+        found.append(Config({"BLOCKS": blocks}, warps, 2, registers=registers, work=work))
+    return found
+
+
+_FIELDS = ("itemsize", "block_size", "numel")
+DECODE = Family("nf4_decode", _FIELDS, functools.partial(_candidates, 2))
+ENCODE = Family("nf4_encode", _FIELDS, functools.partial(_candidates, 3))
+
+
+def _class(itemsize: int, block_size: int, numel: int) -> tuple[int, int, int]:
+    # Blocks are independent: no bit depends on the choice.
+    return itemsize, block_size, size_class(numel, 1 << 16, 1 << 28)
 
 
 @triton.jit
@@ -106,29 +127,33 @@ def dequantize_4bit(
         return
     strided = not out.is_contiguous()
     cols, row_stride = (out.shape[1], out.stride(0)) if strided else (numel, numel)
-    blocks, nested = _blocks(block_size), nested_absmax is not None
-    _dequantize_4bit_kernel[(triton.cdiv(numel, blocks * block_size),)](
-        out,
-        codes,
-        absmax,
-        quant_map,
-        nested_absmax if nested else absmax,
-        nested_map if nested else absmax,
-        nested_offset if nested else absmax,
-        numel,
-        (numel + 1) // 2,
-        cols,
-        row_stride,
-        BLOCK_SIZE=block_size,
-        NESTED_BLOCK_SIZE=nested_block_size if nested else 1,
-        NESTED=nested,
-        STRIDED=strided,
-        WHOLE_ROWS=cols % block_size == 0,
-        BLOCKS=blocks,
-        num_warps=4,
-        # Multiply, round, add, round: a fused multiply-add gives other bits.
-        enable_fp_fusion=False,
-    )
+    nested = nested_absmax is not None
+
+    def launch(config: Config) -> None:
+        _dequantize_4bit_kernel[(triton.cdiv(numel, config.blocks["BLOCKS"] * block_size),)](
+            out,
+            codes,
+            absmax,
+            quant_map,
+            nested_absmax if nested else absmax,
+            nested_map if nested else absmax,
+            nested_offset if nested else absmax,
+            numel,
+            (numel + 1) // 2,
+            cols,
+            row_stride,
+            BLOCK_SIZE=block_size,
+            NESTED_BLOCK_SIZE=nested_block_size if nested else 1,
+            NESTED=nested,
+            STRIDED=strided,
+            WHOLE_ROWS=cols % block_size == 0,
+            # Multiply, round, add, round: a fused multiply-add gives other bits.
+            enable_fp_fusion=False,
+            **config.options(),
+        )
+
+    of_class = _class(out.element_size(), block_size, numel)
+    launch(DECODE.choose(capability_of(out), *of_class, launch=launch))
 
 
 @triton.jit
@@ -183,26 +208,40 @@ def quantize_4bit(codes, absmax, weight, pivots, order, block_size: int) -> None
         block_size: elements to a scale; a power of two.
     """
     numel = weight.numel()
-    whole, blocks = numel // block_size, _blocks(block_size)
+    whole = numel // block_size
     launches = [(0, whole, False)] if whole else []
     launches += [(whole, whole + 1, True)] if numel % block_size else []
-    for first, last, partial in launches:
-        _quantize_4bit_kernel[(triton.cdiv(last - first, blocks),)](
-            codes,
-            absmax,
-            weight,
-            pivots,
-            order,
-            numel,
-            (numel + 1) // 2,
-            first,
-            last,
-            BLOCK_SIZE=block_size,
-            PARTIAL=partial,
-            BLOCKS=blocks,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+
+    def launch(config: Config) -> None:
+        for first, last, partial in launches:
+            _quantize_4bit_kernel[(triton.cdiv(last - first, config.blocks["BLOCKS"]),)](
+                codes,
+                absmax,
+                weight,
+                pivots,
+                order,
+                numel,
+                (numel + 1) // 2,
+                first,
+                last,
+                BLOCK_SIZE=block_size,
+                PARTIAL=partial,
+                enable_fp_fusion=False,
+                **config.options(),
+            )
+
+    of_class = _class(weight.element_size(), block_size, numel)
+    launch(ENCODE.choose(capability_of(weight), *of_class, launch=launch))
+
+
+def describe_decode(capability: int, itemsize: int, block_size: int, numel: int) -> list[str]:
+    """How a weight would be decoded, for `pf.explain`."""
+    return [DECODE.describe(capability, *_class(itemsize, block_size, numel))] if numel else []
+
+
+def describe_encode(capability: int, itemsize: int, block_size: int, numel: int) -> list[str]:
+    """How a weight would be encoded, for `pf.explain`."""
+    return [ENCODE.describe(capability, *_class(itemsize, block_size, numel))] if numel else []
 
 
 @triton.jit
@@ -255,32 +294,29 @@ def quantize_absmax(codes, absmax, centred, nearest, block_size: int) -> None:
 
 def compilations(capability: int) -> Iterator[Compilation]:
     """Every kernel as it is launched for the weights of a model: see `kernels.config.Compilation`."""
-    config = Config({"BLOCKS": _blocks(64)}, num_warps=4)
     unfused = {"enable_fp_fusion": False}
     pointers = ["codes_ptr", "absmax_ptr", "quant_map_ptr", "nested_absmax_ptr", "nested_map_ptr", "nested_offset_ptr"]
     sizes = dict.fromkeys(["numel", "num_bytes", "cols", "out_row_stride"], "i64")
+
+    def of(family, kernel, name, dtype, fields, constants):
+        of_class = _class(4 if dtype == "fp32" else 2, 64, 1 << 24)
+        for config, label, alternative in family.instances(capability, *of_class):
+            made = name + label, kernel, fields, constants, config
+            yield Compilation(*made, options=unfused, alternative=alternative)
+
     for dtype, nested, strided in (("bf16", True, False), ("bf16", True, True), ("bf16", False, True), ("fp32", 1, 0)):
         types = ["*u8", "*u8" if nested else "*fp32", *["*fp32"] * 4]
-        yield Compilation(
-            f"decode {dtype}{' nested' if nested else ''}{' strided' if strided else ''}",
-            _dequantize_4bit_kernel,
-            {"out_ptr": f"*{dtype}", **dict(zip(pointers, types, strict=True)), **sizes},
-            {
-                "BLOCK_SIZE": 64,
-                "NESTED_BLOCK_SIZE": 256 if nested else 1,
-                "NESTED": bool(nested),
-                "STRIDED": bool(strided),
-                "WHOLE_ROWS": True,
-            },
-            config,
-            options=unfused,
-        )
+        name = f"decode {dtype}{' nested' if nested else ''}{' strided' if strided else ''}"
+        fields = {"out_ptr": f"*{dtype}", **dict(zip(pointers, types, strict=True)), **sizes}
+        constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256 if nested else 1, "NESTED": bool(nested)}
+        constants |= {"STRIDED": bool(strided), "WHOLE_ROWS": True}
+        yield from of(DECODE, _dequantize_4bit_kernel, name, dtype, fields, constants)
     for dtype, partial in (("bf16", False), ("fp32", False), ("bf16", True)):
         types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "weight_ptr": f"*{dtype}", "pivots_ptr": "*fp32"}
         types |= {"order_ptr": "*u8"} | dict.fromkeys(["numel", "num_bytes", "first_block", "last_block"], "i64")
         constants = {"BLOCK_SIZE": 64, "PARTIAL": partial}
         name = f"encode {dtype}{' partial' if partial else ''}"
-        yield Compilation(name, _quantize_4bit_kernel, types, constants, config, options=unfused)
+        yield from of(ENCODE, _quantize_4bit_kernel, name, dtype, types, constants)
     types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "centred_ptr": "*fp32", "nearest_ptr": "*u8"}
     types |= {"numel": "i64", "block_size": "i32"}
     yield Compilation(

@@ -20,13 +20,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import Compilation, Config, capability_of, first_fitting
+from pyfinetune.kernels.config import Compilation, Config, Family, Work, capability_of
+from pyfinetune.kernels.gpus import gpu_of
 from pyfinetune.kernels.rows import Rows, row_offset, rows_of, signature
 
-_ELEMENTS = 16  # of a row tile that a thread holds: two or four loads of 16 bytes in flight for each tensor
+_ELEMENTS = (16, 8, 32)  # of a row tile that a thread holds: 16 are two or four loads of 16 bytes for each tensor
 _WIDEST = 16384  # the most features of a row that is held in registers: 32 to a thread
 _WIDEST_WITH_DWEIGHT = 8192  # with sums of dweight beside them: 16 to a thread
 _WIDE_BLOCK = 4096  # tiles of wider rows
+_ROWS = 8192  # that a choice is made for: a row's bits must not depend on how many others there are
 
 
 @triton.jit
@@ -258,30 +260,65 @@ def _rms_norm_bwd_sum_kernel(
     tl.store(dweight_ptr + col, tl.sum(sums, axis=0).to(dweight_ptr.dtype.element_ty), mask=col < COLS)
 
 
-def configs(cols: int, with_dweight: bool = False) -> list[Config]:
-    """Row tiles, best first: what moves memory fastest is many loads in flight, which is whole rows in registers.
+def _tiles(cols: int, widest: int) -> list[tuple[int, int, int]]:
+    """(rows, columns, warps) of row tiles, best first.
 
-    A thread holds 16 elements of each tensor (32 of the widest rows), so four to eight programs share a
-    multiprocessor, and narrow rows are joined until four warps have that much to do. The shared memory is what sums
-    across warps take.
+    What moves memory fastest is many loads in flight, which is whole rows in registers. With 16 elements of each tensor
+    to a thread (32 of the widest rows) four to eight programs share a multiprocessor, and narrow rows are joined until
+    four warps have that much to do.
     """
-    widest = _WIDEST_WITH_DWEIGHT if with_dweight else _WIDEST
-    block_n = triton.next_power_of_2(cols)
-    if block_n > widest:
-        block_n = _WIDE_BLOCK
-    block_m = max(1, 4 * 32 * _ELEMENTS // block_n)
-    warps = min(max(block_m * block_n // (32 * _ELEMENTS), 4), 16)
-    shared = 8 * block_m * warps + (4 * block_n if with_dweight else 0)
-    return [Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=1, shared_bytes=shared)]
+    found = []
+    for elements in _ELEMENTS:
+        block_n = triton.next_power_of_2(cols)
+        if block_n > widest:
+            block_n = _WIDE_BLOCK
+        block_m = max(1, 4 * 32 * elements // block_n)
+        warps = min(max(block_m * block_n // (32 * elements), 4), 16)
+        if block_m * block_n <= 32 * 32 * warps:  # no more than 32 to a thread
+            found.append((block_m, block_n, warps))
+    return list(dict.fromkeys(found))
 
 
-def dweight_configs() -> list[Config]:
-    """Columns of dweight, 128 bytes of them and more to a row, and sums of partials, which are few."""
-    return [Config({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=1, shared_bytes=8 * 4 * 128)]
+def _config(block_m: int, block_n: int, warps: int, tensors: float, work: Work, dweight: bool = False) -> Config:
+    """`tensors`: of a tile's size that are in registers at a time; the shared memory is what sums across warps take."""
+    shared = 8 * block_m * warps + (4 * block_n if dweight else 0)
+    registers = int(tensors * block_m * block_n / (32 * warps)) + 32
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return Config(blocks, warps, 1, shared, registers, work)
 
 
-def sum_configs() -> list[Config]:
-    return [Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1, shared_bytes=4 * 4 * 32)]
+def _fwd_candidates(capability: int, itemsize: int, cols: int, residual: int) -> list[Config]:
+    moved = itemsize * _ROWS * cols * (4 if residual else 2)
+    found = []
+    for m, n, warps in _tiles(cols, _WIDEST):
+        under_way = itemsize * m * n * (2 if residual else 1)
+        work = Work(triton.cdiv(_ROWS, m), moved, under_way, steps=0 if n >= cols else 2 * (cols // n))
+        found.append(_config(m, n, warps, 2, work))
+    return found
+
+
+def _bwd_candidates(capability: int, itemsize: int, cols: int, more: int, dweight: int) -> list[Config]:
+    """`more`: a gradient to add; `dweight`: sums of dweight beside dx, in programs of many rows."""
+    moved = itemsize * _ROWS * cols * (4 if more else 3)
+    found = []
+    for m, n, warps in _tiles(cols, _WIDEST_WITH_DWEIGHT if dweight else _WIDEST):
+        programs, tiles = triton.cdiv(_ROWS, m), 1
+        if dweight:
+            most = gpu_of(capability).multiprocessors
+            programs, tiles = _row_tiles(_ROWS, m, most, 4 * most)
+        steps = tiles - 1 if n >= cols else 2 * (cols // n)
+        work = Work(programs, moved, itemsize * m * n * (3 if more else 2), steps=steps)
+        found.append(_config(m, n, warps, 4 if dweight else 2.5, work, bool(dweight)))
+    return found
+
+
+FWD = Family("rms_norm_fwd", ("itemsize", "cols", "residual"), _fwd_candidates)
+BWD = Family("rms_norm_bwd", ("itemsize", "cols", "more", "dweight"), _bwd_candidates)
+# Columns of dweight, 128 bytes of them and more to a row, and sums of partials, which are few.
+DWEIGHT = Family(
+    "rms_norm_bwd_dweight", (), lambda capability: [Config({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 1, 8 * 4 * 128)]
+)
+SUM = Family("rms_norm_bwd_sum", (), lambda capability: [Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1, 4 * 4 * 32)])
 
 
 @functools.cache
@@ -326,25 +363,28 @@ def rms_norm(
         (x, residual), (x_strides, residual_strides), has_residual = rows.tensors, rows.strides, True
     if rows.count == 0:
         return
-    config = first_fitting(configs(x.shape[-1]), capability_of(x))
-    _rms_norm_fwd_kernel[(triton.cdiv(rows.count, config.blocks["BLOCK_M"]),)](
-        y,
-        total,
-        rstd,
-        x,
-        residual,
-        weight,
-        rows.count,
-        *rows.sizes,
-        *x_strides,
-        *residual_strides,
-        float(eps),
-        float(offset),
-        COLS=x.shape[-1],
-        DIMS=rows.dims,
-        HAS_RESIDUAL=has_residual,
-        **config.options(),
-    )
+
+    def launch(config: Config) -> None:
+        _rms_norm_fwd_kernel[(triton.cdiv(rows.count, config.blocks["BLOCK_M"]),)](
+            y,
+            total,
+            rstd,
+            x,
+            residual,
+            weight,
+            rows.count,
+            *rows.sizes,
+            *x_strides,
+            *residual_strides,
+            float(eps),
+            float(offset),
+            COLS=x.shape[-1],
+            DIMS=rows.dims,
+            HAS_RESIDUAL=has_residual,
+            **config.options(),
+        )
+
+    launch(FWD.choose(capability_of(x), x.element_size(), x.shape[-1], int(has_residual), launch=launch))
 
 
 def rms_norm_bwd(
@@ -374,19 +414,16 @@ def rms_norm_bwd(
         if dweight is not None:
             dweight.zero_()
         return
-    config = first_fitting(configs(cols, dweight is not None), capability)
-    together = dx is not None and dweight is not None and config.blocks["BLOCK_N"] >= cols
+    together = dx is not None and dweight is not None and triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT
     partial = None
-    if together:
-        most = _multiprocessors(x.device)
-        programs, tiles = _row_tiles(rows.count, config.blocks["BLOCK_M"], most, 4 * most)
-        partial = x.new_empty((programs, cols), dtype=torch.float32)
-    elif dweight is not None:
-        partial = _dweight_alone(rows, rstd)
-    if dx is not None:
-        if not together:
-            config = first_fitting(configs(cols), capability)
-            programs, tiles = triton.cdiv(rows.count, config.blocks["BLOCK_M"]), 1
+
+    def launch(config: Config) -> None:
+        nonlocal partial
+        programs, tiles = triton.cdiv(rows.count, config.blocks["BLOCK_M"]), 1
+        if together:
+            most = _multiprocessors(x.device)
+            programs, tiles = _row_tiles(rows.count, config.blocks["BLOCK_M"], most, 4 * most)
+            partial = x.new_empty((programs, cols), dtype=torch.float32)
         _rms_norm_bwd_kernel[(programs,)](
             dx,
             partial if together else rstd,
@@ -408,8 +445,13 @@ def rms_norm_bwd(
             NEED_DWEIGHT=together,
             **config.options(),
         )
+
+    if dx is not None:
+        shape = x.element_size(), cols, int(dsum is not None), int(together)
+        launch(BWD.choose(capability, *shape, launch=launch))
     if dweight is not None:
-        config = first_fitting(sum_configs(), capability)
+        partial = partial if together else _dweight_alone(rows, rstd)
+        config = SUM.choose(capability)
         _rms_norm_bwd_sum_kernel[(triton.cdiv(cols, config.blocks["BLOCK_N"]),)](
             dweight, partial, partial.shape[0], COLS=cols, **config.options()
         )
@@ -419,7 +461,7 @@ def _dweight_alone(rows: Rows, rstd: torch.Tensor) -> torch.Tensor:
     """Partial sums of dweight, made without dx: float32 [programs, cols]."""
     dout, x = rows.tensors[:2]
     cols = x.shape[-1]
-    config = first_fitting(dweight_configs(), capability_of(x))
+    config = DWEIGHT.choose(capability_of(x))
     columns = triton.cdiv(cols, config.blocks["BLOCK_N"])
     most = triton.cdiv(8 * _multiprocessors(x.device), columns)
     programs, tiles = _row_tiles(rows.count, config.blocks["BLOCK_M"], 1, most)
@@ -441,6 +483,16 @@ def _dweight_alone(rows: Rows, rstd: torch.Tensor) -> torch.Tensor:
     return partial
 
 
+def describe(capability: int, x: torch.Tensor, residual: torch.Tensor | None) -> list[str]:
+    """How both directions would be launched, for `pf.explain`."""
+    cols, more = x.shape[-1], int(residual is not None)
+    together = int(triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT)
+    return [
+        FWD.describe(capability, x.element_size(), cols, more),
+        BWD.describe(capability, x.element_size(), cols, more, together),
+    ]
+
+
 def compilations(capability: int) -> Iterator[Compilation]:
     """Hidden sizes of common models, the norms of their heads, and rows too wide for registers."""
     cases = [(128, "bf16", 3), (576, "bf16", 1), (4096, "bf16", 1), (4096, "fp32", 1), (5120, "bf16", 1)]
@@ -448,22 +500,21 @@ def compilations(capability: int) -> Iterator[Compilation]:
         pointers = dict.fromkeys(("rstd_ptr", "partial_ptr"), "*fp32")
         shape = {"COLS": cols, "DIMS": dims}
 
-        def compilation(kernel, name, config, constants, pointers=pointers, dtype=dtype, cols=cols):
-            fields = signature(kernel, {**constants, **config.blocks}, pointers, f"*{dtype}")
-            return Compilation(f"{name} {cols} {dtype}", kernel, fields, constants, config)
+        def of(family, kernel, name, of_class, constants, pointers=pointers, dtype=dtype, cols=cols):
+            for config, label, alternative in family.instances(capability, *of_class):
+                fields = signature(kernel, {**constants, **config.blocks}, pointers, f"*{dtype}")
+                title = f"{name} {cols} {dtype}{label}"
+                yield Compilation(title, kernel, fields, constants, config, alternative=alternative)
 
+        itemsize = 4 if dtype == "fp32" else 2
         for extra in (False, True):
             label = " with residual" if extra else ""
             constants = {**shape, "HAS_RESIDUAL": extra}
-            config = first_fitting(configs(cols), capability)
-            yield compilation(_rms_norm_fwd_kernel, f"forward{label}", config, constants)
-            constants = {**shape, "HAS_SUM": extra, "NEED_DWEIGHT": False}
-            yield compilation(_rms_norm_bwd_kernel, f"backward{label}", config, constants)
-            config = first_fitting(configs(cols, with_dweight=True), capability)
-            if config.blocks["BLOCK_N"] >= cols:
-                constants = {**shape, "HAS_SUM": extra, "NEED_DWEIGHT": True}
-                yield compilation(_rms_norm_bwd_kernel, f"backward{label} with dweight", config, constants)
-        config = first_fitting(dweight_configs(), capability)
-        yield compilation(_rms_norm_bwd_dweight_kernel, "dweight", config, shape)
-        config = first_fitting(sum_configs(), capability)
-        yield compilation(_rms_norm_bwd_sum_kernel, "sum", config, {"COLS": cols})
+            yield from of(FWD, _rms_norm_fwd_kernel, f"forward{label}", (itemsize, cols, int(extra)), constants)
+            for dweight in (False, True) if triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT else (False,):
+                constants = {**shape, "HAS_SUM": extra, "NEED_DWEIGHT": dweight}
+                name = f"backward{label}{' with dweight' if dweight else ''}"
+                of_class = (itemsize, cols, int(extra), int(dweight))
+                yield from of(BWD, _rms_norm_bwd_kernel, name, of_class, constants)
+        yield from of(DWEIGHT, _rms_norm_bwd_dweight_kernel, "dweight", (), shape)
+        yield from of(SUM, _rms_norm_bwd_sum_kernel, "sum", (), {"COLS": cols})

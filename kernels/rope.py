@@ -18,11 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import Compilation, Config, capability_of, first_fitting
+from pyfinetune.kernels.config import Compilation, Config, Family, Work, capability_of
 from pyfinetune.kernels.rows import signature
 
 _HEADS = 8  # of a program: the tables are read again for as many heads
 _ENOUGH = 1024  # programs, below which each takes fewer heads
+_PAIRS = ((1024, 4), (512, 4), (2048, 8))  # pairs of a tile of one head, and warps
+_TYPICAL = (8192, 40)  # tokens and heads of q and k together that a choice is made for
 
 
 @triton.jit
@@ -179,14 +181,32 @@ def _rope_kernel(
         )
 
 
-def configs(half: int) -> list[Config]:
-    """Tiles, best first: 1024 pairs of two heads, 8 of each to a thread (loads of 16 bytes in 16-bit dtypes), whose
-    tables fill 32 registers. Where tables are wider than x their threads have other pairs: they pass through shared
-    memory, four at the most."""
+def _candidates(capability: int, itemsize: int, table_itemsize: int, half: int) -> list[Config]:
+    """Tiles, best first: of two heads and so many pairs that a thread has 8 of each (loads of 16 bytes in 16-bit
+    dtypes), whose tables fill 32 registers. Where tables are wider than x their threads have other pairs: they pass
+    through shared memory, four at the most."""
+    tokens, heads = _TYPICAL
     block_r = min(triton.next_power_of_2(half), 128)
-    block_t = min(1024 // block_r, 64)
-    blocks = {"BLOCK_H": 2, "BLOCK_T": block_t, "BLOCK_R": block_r, "BLOCK_P": 64}
-    return [Config(blocks, num_warps=4, num_stages=1, shared_bytes=4 * 4 * block_t * block_r)]
+    found = []
+    for pairs, warps in _PAIRS:
+        block_t = min(max(pairs // block_r, 1), 64)
+        each = block_t * block_r
+        programs = triton.cdiv(tokens, block_t) * triton.cdiv(heads, _HEADS)
+        moved = 2 * half * tokens * (2 * heads * itemsize + 2 * table_itemsize)
+        asked = moved + 2 * half * tokens * 2 * table_itemsize * (triton.cdiv(heads, _HEADS) - 1)
+        work = Work(programs, moved, 2 * 2 * each * itemsize, asked, steps=_HEADS // 2)
+        blocks = {"BLOCK_H": 2, "BLOCK_T": block_t, "BLOCK_R": block_r, "BLOCK_P": 64}
+        registers = 10 * each // (32 * warps) + 40
+        found.append(Config(blocks, warps, 1, 4 * 4 * each, registers, work))
+    return found
+
+
+FAMILY = Family("rope", ("itemsize", "table_itemsize", "half"), _candidates)
+
+
+def describe(capability: int, q: torch.Tensor, cos: torch.Tensor) -> list[str]:
+    """How it would be launched, for `pf.explain`."""
+    return [FAMILY.describe(capability, q.element_size(), cos.element_size(), cos.shape[-1] // 2)]
 
 
 def rope(
@@ -213,32 +233,34 @@ def rope(
         cos, sin = cos[None], sin[None]
     batch, q_heads, tokens, head_dim = q.shape
     k_heads, half = k.shape[1], cos.shape[-1] // 2
-    config = first_fitting(configs(half), capability_of(q))
-    tiles = batch * triton.cdiv(tokens, config.blocks["BLOCK_T"])
-    heads_each = _HEADS
-    while heads_each > config.blocks["BLOCK_H"] and tiles * triton.cdiv(q_heads + k_heads, heads_each) < _ENOUGH:
-        heads_each //= 2
-    programs = tiles * (triton.cdiv(q_heads, heads_each) + triton.cdiv(k_heads, heads_each))
-    if programs == 0:
-        return
-    _rope_kernel[(programs,)](
-        q_out,
-        k_out,
-        q,
-        k,
-        cos,
-        sin,
-        tokens,
-        q_heads,
-        k_heads,
-        heads_each,
-        *(stride for x in (q_out, k_out, q, k) for stride in x.stride()[:3]),
-        *(stride for x in (cos, sin) for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))),
-        HALF=half,
-        PASSED=head_dim - 2 * half,
-        BACKWARD=backward,
-        **config.options(),
-    )
+
+    def launch(config: Config) -> None:
+        tiles = batch * triton.cdiv(tokens, config.blocks["BLOCK_T"])
+        heads_each = _HEADS
+        while heads_each > config.blocks["BLOCK_H"] and tiles * triton.cdiv(q_heads + k_heads, heads_each) < _ENOUGH:
+            heads_each //= 2
+        programs = tiles * (triton.cdiv(q_heads, heads_each) + triton.cdiv(k_heads, heads_each))
+        _rope_kernel[(programs,)](
+            q_out,
+            k_out,
+            q,
+            k,
+            cos,
+            sin,
+            tokens,
+            q_heads,
+            k_heads,
+            heads_each,
+            *(stride for x in (q_out, k_out, q, k) for stride in x.stride()[:3]),
+            *(stride for x in (cos, sin) for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))),
+            HALF=half,
+            PASSED=head_dim - 2 * half,
+            BACKWARD=backward,
+            **config.options(),
+        )
+
+    if batch * tokens * (q_heads + k_heads):
+        launch(FAMILY.choose(capability_of(q), q.element_size(), cos.element_size(), half, launch=launch))
 
 
 def compilations(capability: int) -> Iterator[Compilation]:
@@ -246,9 +268,10 @@ def compilations(capability: int) -> Iterator[Compilation]:
     cases = [(128, 128, "bf16", "bf16"), (64, 64, "bf16", "bf16"), (256, 64, "bf16", "fp32")]
     for head_dim, rotary_dim, dtype, table in [*cases, (256, 256, "bf16", "fp32"), (128, 128, "fp32", "fp32")]:
         half, tables = rotary_dim // 2, dict.fromkeys(("cos_ptr", "sin_ptr"), f"*{table}")
-        config = first_fitting(configs(half), capability)
+        sizes = (4 if dtype == "fp32" else 2), (4 if table == "fp32" else 2)
         for backward in (False, True):
-            constants = {"HALF": half, "PASSED": head_dim - rotary_dim, "BACKWARD": backward}
-            fields = signature(_rope_kernel, {**constants, **config.blocks}, tables, f"*{dtype}")
-            name = f"{'backward' if backward else 'forward'} {head_dim}/{rotary_dim} {dtype} {table}"
-            yield Compilation(name, _rope_kernel, fields, constants, config)
+            for config, label, alternative in FAMILY.instances(capability, *sizes, half):
+                constants = {"HALF": half, "PASSED": head_dim - rotary_dim, "BACKWARD": backward}
+                fields = signature(_rope_kernel, {**constants, **config.blocks}, tables, f"*{dtype}")
+                name = f"{'backward' if backward else 'forward'} {head_dim}/{rotary_dim} {dtype} {table}{label}"
+                yield Compilation(name, _rope_kernel, fields, constants, config, alternative=alternative)

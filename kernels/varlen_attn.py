@@ -21,7 +21,7 @@ from pyfinetune.kernels._varlen_attn_device import (
     _varlen_attn_fwd_kernel,
     _varlen_attn_tiles_kernel,
 )
-from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, capability_of, first_fitting
+from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, Family, capability_of
 
 _WIDEST = (1 << 30) - 1  # a wider window is none: documents have fewer rows, and the sum of both fits into int32
 _SLOTS = 128  # of the list of tiles, to a program
@@ -108,9 +108,23 @@ def _config_for(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> Conf
 
 
 def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, Any]) -> Config:
+    return _FAMILIES[kernel].choose(capability, *_class(itemsize, constants))
+
+
+def _class(itemsize: int, constants: dict[str, Any]) -> tuple[int, ...]:
     dims = constants["PADDED"], constants["PADDED_V"]
     crowded = constants["HAS_LEFT"] or constants["HAS_CAP"] or dims != (constants["DIM"], constants["DIM_V"])
-    return first_fitting(configs(kernel, capability, *dims, itemsize, crowded), capability)
+    return itemsize, *dims, int(crowded)
+
+
+def _candidates(kernel: str, capability: int, itemsize: int, dim: int, dim_v: int, crowded: int) -> list[Config]:
+    return configs(kernel, capability, dim, dim_v, itemsize, bool(crowded))
+
+
+_FIELDS = ("itemsize", "dim", "dim_v", "crowded")
+_FAMILIES = {
+    kernel: Family(f"varlen_attn_{kernel}", _FIELDS, functools.partial(_candidates, kernel)) for kernel in _MMA
+}
 
 
 def _slots(rows: int, documents: int, block: int) -> int:
@@ -274,6 +288,13 @@ def varlen_attn_bwd(
         NEED_DV=dv is not None,
         **dkv_config.options(),
     )
+
+
+def describe(capability: int, q, k, v, *options) -> list[str]:
+    """How both directions would be launched, for `pf.explain`; `options` as `varlen_attn` takes them."""
+    _scalars, constants = _options(q, k, v, *options)
+    of_class = _class(q.element_size(), constants)
+    return [family.describe(capability, *of_class) for family in _FAMILIES.values()]
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -136,17 +137,57 @@ def info(as_json: Json = False) -> None:
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; all of them without.")] = None,
     quick: Annotated[bool, typer.Option(help="Small shapes and little time: is everything right?")] = False,
+    shapes: Annotated[
+        list[str] | None, typer.Option(metavar="S", help="model:NAME, or M,N,K; may be given again and again.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows for --shapes model:NAME and --model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp16: only cases in it.")] = None,
+    backend: Annotated[str | None, typer.Option(help="What ours has to run on: cuda, triton, cpu, reference.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="P", help="Only this peer; may be given again and again.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="CONFIG", help="With `step`: a config.json, its folder, or a model's name.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="With --model: lora (as without), qlora or dora.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="With --model: documents of 256 tokens.")] = False,
+    layers: Annotated[int | None, typer.Option(help="With --model: only so many layers.")] = None,
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="DIR", help="Write pictures and report.html there.")] = None,
+    compare: Annotated[str | None, typer.Option(metavar="OLD.JSON", help="Compare with an older result.")] = None,
+    any_machine: Annotated[bool, typer.Option("--any-machine", help="... of another machine, too.")] = False,
+    load: Annotated[str | None, typer.Option(metavar="FILE", help="Measure nothing, take this result.")] = None,
     recycled: Annotated[
         bool | None, typer.Option("--recycled/--default", help="One allocator setting only; both without.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Time to spend on timing each case.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Compare our kernels with what you would use instead, on this machine; exits 1 when a result is wrong."""
-    from pyfinetune.bench import runner
+    """Compare our kernels with what you would use instead, on this machine; exits 1 when a result is wrong.
 
-    raise typer.Exit(runner.main(ops, quick, json_path, recycled, seconds, device))
+    `pyfinetune bench step --model CONFIG` measures a whole training step of a random model.
+    """
+    from pyfinetune.bench.request import Request
+    from pyfinetune.bench.runner import Output
+    from pyfinetune.bench.runner import main as run_bench
+
+    request = Request(
+        tuple(ops or ()),
+        quick,
+        tuple(shapes or ()),
+        tokens,
+        dtype,
+        backend,
+        tuple(peer or ()),
+        device,
+        seconds,
+        model,
+        method,
+        packed,
+        layers,
+    )
+    output = Output(*(None if path is None else Path(path) for path in (json_path, plot, compare)), any_machine)
+    raise typer.Exit(run_bench(request, output, recycled, None if load is None else Path(load)))
 
 
 @app.command(

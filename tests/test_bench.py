@@ -40,7 +40,9 @@ from pyfinetune.bench.harness import (
     measure,
     saved_bytes,
 )
+from pyfinetune.bench.request import Request
 from pyfinetune.bench.results import lines_of, markdown_of
+from pyfinetune.bench.runner import Output
 from pyfinetune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -102,7 +104,7 @@ class TestHarness:
         assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 5)
         timed = seen[6:]  # two warm-up calls each come first
         assert [name for name, _ in timed] == list("abcbcacababcbca")
-        assert [i for _, i in timed] == [i for i in range(5) for _ in range(3)]
+        assert [i for _, i in timed] == list(range(15))  # no call finds another one's inputs in the cache
 
     def test_a_long_call_is_warmed_up_once(self, monkeypatch):
         monkeypatch.setattr(harness, "LONG_CALL", 0.0)
@@ -152,7 +154,7 @@ class TestHarness:
     def test_the_floor_is_measured_beside_the_calls(self, monkeypatch):
         """A machine that took twice as long for its own copy during the rounds sets a floor twice as high."""
         monkeypatch.setattr(harness, "yardstick", lambda rate, device: (lambda: None, {"copy_gbs": 3e9}[rate]))
-        monkeypatch.setattr(harness, "interleave", lambda *a, machine: {harness.MACHINE: [0.5, 0.6, 9.0], OURS: [1, 1]})
+        monkeypatch.setattr(harness, "interleave", lambda *a, **more: {harness.MACHINE: [0.5, 0.6, 9.0], OURS: [1, 1]})
         measured = measure(replace(make_case(), bytes=1e9), CPU, RATES, 0.0)
         assert measured["bound"] == "copy_gbs"
         assert measured["floor_ms"] == pytest.approx(1e3 * 0.6 / 3e9)
@@ -220,7 +222,7 @@ class TestCases:
     @peers_may_warn
     @pytest.mark.parametrize("case", UNFORCED, ids=lambda case: case.name)
     def test_ours_and_peers_are_right(self, case):
-        measured = measure(case, CPU, RATES, 0.0)
+        measured = measure(case, CPU, RATES, 0.0, once=False)
         assert {name: r["ok"] for name, r in measured["results"].items()} == dict.fromkeys(measured["results"], True)
         assert measured["results"][OURS]["rounds"] == 5
         assert json.loads(json.dumps(measured)) == measured
@@ -303,7 +305,7 @@ class TestRunner:
     def run_main(self, monkeypatch, value, **more):
         out = StringIO()
         monkeypatch.setattr(runner, "run", lambda *args: value)
-        code = runner.main(["some_op"], console=Console(file=out, width=200), **more)
+        code = runner.main(Request(("nf4",)), Output(**more), console=Console(file=out, width=200))
         return code, out.getvalue()
 
     def test_all_right_exits_0(self, monkeypatch, tmp_path):
@@ -319,6 +321,7 @@ class TestRunner:
         code, text = self.run_main(monkeypatch, result(default=[bad]))
         assert code == 1
         assert "WRONG (default): y: error 3" in text
+        assert "123" not in text
 
     def test_failed_case_exits_1(self, monkeypatch):
         failed = {"op": "some_op", "case": "a case", "isa": None, "error": "RuntimeError: out of memory"}
@@ -341,7 +344,7 @@ class TestRunner:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(runner, "worker_messages", messages)
-        got = runner.run(["nf4"], quick=True)
+        got = runner.run(Request(("nf4",), quick=True))
         assert got["interrupted"]
         assert [r["case"] for r in got["runs"]["default"]["rows"]] == ["a case"]
         assert got["runs"]["recycled"]["rows"] == []
@@ -349,31 +352,16 @@ class TestRunner:
         assert code == 130
         assert "4.00x" in text
 
-    @pytest.mark.parametrize(
-        ("more", "message"),
-        [
-            ({"json_path": "/no/such/folder/r.json"}, "there is no folder"),
-            ({"device": "tpu"}, "neither cpu nor cuda"),
-        ],
-    )
-    def test_mistakes(self, more, message):
-        with pytest.raises(UserError, match=message):
-            runner.main(["nf4"], **more)
-
-    def test_cuda_without_a_gpu(self, monkeypatch):
-        monkeypatch.setattr(runner, "info", lambda: {"gpus": []})
-        with pytest.raises(UserError, match="sees no GPU"):
-            runner.main(["nf4"], device="cuda")
-
     def test_environments(self, monkeypatch):
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")
         monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1")
         default = runner.worker_environment("default", None)
         assert not set(default) & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
-        recycled = runner.worker_environment("recycled", "avx2")
+        recycled = runner.worker_environment("recycled", "avx2", "reference")
         assert recycled["MALLOC_MMAP_THRESHOLD_"] == "8589934592"
         assert recycled["MALLOC_TRIM_THRESHOLD_"] == "17179869184"
         assert recycled["PYFINETUNE_CPU_ISA"] == "avx2"
+        assert recycled["PYFINETUNE_BACKEND"] == "reference"
         assert "GLIBC_TUNABLES" not in recycled
 
     def test_worker_goes_on_after_a_failed_case(self, monkeypatch):
@@ -382,22 +370,24 @@ class TestRunner:
 
         monkeypatch.setattr(worker_module, "measure_ceilings", lambda device, quick: RATES)
         said = []
-        worker_module.run_cases([Case("o", "bad", fail), make_case()], CPU, 0.0, True, said.append)
+        request = Request(quick=True, seconds=0.0)
+        worker_module.run_cases([Case("o", "bad", fail), make_case()], request, False, said.append)
         assert [next(iter(message)) for message in said] == ["ceilings", "start", "row", "start", "row"]
         assert said[2]["row"]["error"] == "RuntimeError: no memory"
         assert said[4]["row"]["results"][OURS]["ok"]
+        assert "peak_mb" not in said[4]["row"]["results"][OURS]
 
     def test_worker_that_dies_is_told(self):
         environment = runner.worker_environment("default", None)
-        said = list(runner.worker_messages(["--device", "nonsense"], environment))
-        assert said[-1]["died"] == 1
+        said = list(runner.worker_messages(["--request", "nonsense"], environment))
+        assert said[-1]["died"] == 2
         assert "nonsense" in said[-1]["stderr"]
         collected = {"ceilings": {}, "rows": []}
         runner._collect(collected, iter(said), print, print)
         assert lines_of(result() | {"runs": {"default": collected}})[0].wrong
 
     def test_workers_measure(self):
-        got = runner.run(["nf4"], quick=True, recycled=True, seconds=0.0)
+        got = runner.run(Request(("nf4",), quick=True, seconds=0.0, peers=("bitsandbytes",)), recycled=True)
         (run,) = got["runs"].values()
         assert set(run["ceilings"]) == set(RATES)
         cases = {case.name for case in cases_of(["nf4"], quick=True)}
@@ -407,8 +397,10 @@ class TestRunner:
             if case.isa not in (None, *got["machine"]["cpu"]["isas"])
         }
         assert {r["case"] for r in run["rows"]} == cases - forced
-        assert not any(line.wrong for line in lines_of(got))
-        assert all(line.ours["recycled"] > 0 for line in lines_of(got))
+        lines = lines_of(got)
+        assert not any(line.wrong for line in lines)
+        assert all(line.ours["recycled"] > 0 for line in lines)
+        assert all(line.peak[OURS] > 0 for line in lines)
 
 
 class TestReport:

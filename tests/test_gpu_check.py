@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pyfinetune as pf
-from pyfinetune.bench import gpu_check, gpu_results, gpu_timing
+from pyfinetune.bench import gpu_check, gpu_results, gpu_step, gpu_timing, peers
 from pyfinetune.bench.gpu_cases import GROUPS
 from pyfinetune.bench.gpu_check import Part, run_part
 from pyfinetune.bench.harness import OURS, Case, Setup, Verdict
@@ -94,15 +94,61 @@ class TestParts:
         result = run(part_of(tmp_path, 'open(path, \'w\').write(\'{"test": "a", "outcome": "passed"}\\n{"te\')'))
         assert result["counts"] == {"passed": 1}
 
+    def test_what_there_is_no_time_for_is_said(self, tmp_path):
+        part = part_of(tmp_path, "open(path, 'w').write('ran')")
+        result = run_part(part, time.monotonic() + 1)
+        assert result["status"] == "left out: no time was left for it"
+        assert not part.lines.exists()
+
     def test_everything_fits(self):
-        assert gpu_check._TESTS + sum(budget for _cases, budget in GROUPS.values()) <= gpu_check.TOTAL - 10
+        timed = sum(group.budget for group in GROUPS.values() if group.timed)
+        beside = max(group.budget for group in GROUPS.values() if not group.timed)
+        assert gpu_check._TESTS + timed + beside <= gpu_check.TOTAL - 2 * gpu_check._GRACE
+
+    def test_what_shares_the_gpu_runs_side_by_side(self, tmp_path):
+        def part(name: str, alone: bool) -> Part:
+            code = f"import time; open({str(tmp_path / name)!r}, 'w').write(str(time.time())); time.sleep(1)"
+            code += f"; open({str(tmp_path / name)!r}, 'a').write(' ' + str(time.time()))"
+            return Part(name, "bench", [sys.executable, "-S", "-c", code], 30.0, tmp_path / "none", alone=alone)
+
+        order = []
+        parts = [part("a", True), part("b", False), part("c", False), part("d", True)]
+        gpu_check._run_all(parts, time.monotonic() + 60, lambda part, result: order.append(part.name))
+        times = {name: [float(text) for text in (tmp_path / name).read_text().split()] for name in "abcd"}
+        assert order[0] == "a"
+        assert order[-1] == "d"
+        assert max(times["b"][0], times["c"][0]) < min(times["b"][1], times["c"][1])
+        assert times["a"][1] <= min(times["b"][0], times["c"][0])
+        assert max(times["b"][1], times["c"][1]) <= times["d"][0]
 
     def test_every_op_with_kernels_is_tested(self, tmp_path):
-        names = [part.name for part in gpu_check.test_parts(ROOT / "tests", tmp_path, dry_run=True)]
+        names = [part.name for part in gpu_check.test_parts(ROOT / "tests", tmp_path, True, None)]
         stems = {path.stem for path in (ROOT / "kernels").glob("*.py")} & {
             path.stem for path in (ROOT / "pyfinetune" / "ops").glob("[a-z]*.py")
         }
-        assert set(names) == {"GPU alone", *(f"op {stem}" for stem in stems)}
+        assert {"GPU alone", *(f"test_{stem}" for stem in stems)} <= set(names)
+        assert "test_row_kernels" not in names
+
+    def test_small_shapes_run_under_the_sanitizer(self, tmp_path):
+        parts = {part.name: part for part in gpu_check.test_parts(ROOT / "tests", tmp_path, False, "/the/sanitizer")}
+        part = parts["compute-sanitizer"]
+        assert part.command[:3] == ["/the/sanitizer", "--tool", "memcheck"]
+        watched = part.command.index(sys.executable)
+        assert part.command[watched : watched + 3] == [sys.executable, "-m", "pytest"]
+        assert part.command[watched:].count(str(ROOT / "tests" / "test_gpu.py")) == 1
+        assert part.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        # On the GPU the tests of the ops make their tensors there; test_gpu.py does so by itself.
+        assert parts["test_rope"].environment["PYFINETUNE_TEST_DEVICE"] == "cuda"
+
+    def test_the_sanitizer_of_a_wheel_is_found(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu_check, "_SANITIZER", ("no-such-program",))
+        assert gpu_check.find_sanitizer(tmp_path) is None
+        program = tmp_path / "nvidia" / "cu13" / "bin" / "compute-sanitizer"
+        program.parent.mkdir(parents=True)
+        program.write_text("#!/bin/sh\necho watched\n")
+        found = gpu_check.find_sanitizer(tmp_path)
+        assert found == str(program)
+        assert subprocess.run([found], capture_output=True, text=True, check=True).stdout == "watched\n"
 
 
 class TestReportLines:
@@ -153,22 +199,83 @@ class TestTiming:
                 "seconds": 1.0,
                 "dry_run": False,
                 "problems": [],
+                "notes": ["nobody watched"],
+                "build_seconds": 0.5,
                 "machine": {"gpus": [], "cpu": {"model": "cpu"}, "versions": {"torch": "2"}},
                 "parts": [
                     {"name": "op", "kind": "bench", "status": "ok", "rows": [row], "ceilings": {}, "errors": ["e: x"]},
                     {"name": "t", "kind": "tests", "status": "timed out", "seconds": 1, "counts": {}, "failures": []},
+                    {"name": "u", "kind": "bench", "status": "left out: no time", "rows": [], "errors": []},
+                    {"name": "v", "kind": "bench", "status": "failed", "exit_code": 3, "log": "a\nlast", "rows": []},
                 ],
             }
         )
         assert "| case |  | ours |" in text
         assert "not right here: off by one" in text
         assert "- t took longer than it may" in text
+        assert "- u: left out: no time\n- v ended with 3: last\n" in text
+        assert "- Note: nobody watched" in text
 
     def test_what_ours_ran_on(self):
         packed = pf.ops.quantize_4bit(torch.randn(64))
         with gpu_timing.backends_used() as used:
             pf.ops.dequantize_4bit(packed)
         assert used == {"dequantize_4bit: cpu"}
+
+
+class TestStep:
+    """A whole step's model, of which no dense copy is made."""
+
+    def test_the_same_as_with_dense_layers(self):
+        torch.manual_seed(0)
+        base = gpu_step.build_base("tiny", torch.device("cpu"))
+        kinds = {type(m).__name__ for m in base.modules() if isinstance(m, torch.nn.Linear)}
+        assert kinds == {"Linear4bit", "Linear"}  # the head stays dense
+        assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
+        ids = torch.arange(40)[None]
+        expected = base(ids).logits
+        for make in (gpu_step._dense_linear, gpu_step._bnb_linear):
+            if make is gpu_step._bnb_linear and peers.why_missing("bitsandbytes"):
+                continue
+            other = gpu_step._peer_base(base, "tiny", make)
+            assert other.lm_head.weight is base.lm_head.weight
+            assert torch.allclose(other(ids).logits, expected, atol=0.05, rtol=0.05)
+
+    def test_tied_weights_stay_tied(self, monkeypatch):
+        monkeypatch.setitem(gpu_step.SIZES, "tiny", gpu_step.SIZES["tiny"] | {"tie_word_embeddings": True})
+        base = gpu_step.build_base("tiny", torch.device("cpu"))
+        assert base.lm_head.weight is base.model.embed_tokens.weight
+
+    def test_the_work_of_a_step(self):
+        # 32 layers of 218 M weights and a head of 525 M: 6 and 4 operations each; the rest is a few per cent.
+        least = 4096 * (6 * 32 * 218103808 + 4 * 128256 * 4096)
+        assert 1.02 * least < gpu_step.step_flops("8B", 2, 2048) < 1.1 * least
+
+    @pytest.mark.parametrize(
+        ("losses", "theirs", "ok"),
+        [
+            ([3.0, 2.9, 2.8], None, True),
+            ([3.0, 2.9, 2.8], [3.01, 2.9, 2.8], True),
+            ([3.0, 2.9, 2.8], [3.0, 2.9, 2.7], False),
+            ([3.0, 2.9, 3.0], None, False),
+            ([3.0, float("nan"), 2.0], None, False),
+        ],
+    )
+    def test_losses_have_to_fall_as_the_peers_do(self, losses, theirs, ok):
+        assert gpu_step.judge(losses, theirs).ok is ok
+
+    def test_out_of_memory_is_a_row(self, monkeypatch):
+        def full(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+        monkeypatch.setattr(gpu_step, "build_base", full)
+        row = gpu_step.CappedStep("8B", 2, 2048, 12).measure(torch.device("cpu"))
+        assert row["results"][OURS]["out_of_memory"]
+        found = gpu_check._rows_of([{"started": row["case"]}, {"row": row}])
+        assert found["errors"] == [f"{row['case']}: OUT OF MEMORY: CUDA out of memory. Tried to allocate 2 GiB"]
+        cells = gpu_results._row_cells(row, OURS)
+        assert len(cells) == len(gpu_results.HEADERS)
+        assert cells[-1].startswith("OUT OF MEMORY: ")
 
 
 @needs_no_gpu
@@ -199,10 +306,27 @@ class TestCommand:
         assert [row["op"] for row in part["rows"]] == ["rms_norm", "glu", "rope"]
         assert all(row["results"][OURS]["ms"] > 0 for row in part["rows"])
 
+    def test_what_has_been_found_is_written_at_once(self, tmp_path, monkeypatch):
+        def end(part, deadline):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(gpu_check, "run_part", end)
+        with pytest.raises(KeyboardInterrupt):
+            gpu_check.main(["--dry-run", "--no-tests", "--bench", "nf4,rows", "--out", str(tmp_path)])
+        result = json.loads((tmp_path / "dry-run.json").read_text(encoding="utf-8"))
+        assert [part["name"] for part in result["parts"]] == ["nf4", "rows"]
+        assert "- rows: not run: the check was cut off before it" in (tmp_path / "dry-run.md").read_text()
+
+    def test_the_build_counts(self, tmp_path, capsys):
+        long_ago = str(time.time() - gpu_check.TOTAL)
+        arguments = ["--dry-run", "--no-tests", "--bench", "rows", "--out", str(tmp_path), "--started", long_ago]
+        assert gpu_check.main(arguments) == 1
+        assert "no time was left" in capsys.readouterr().out
+
     @pytest.mark.slow
     def test_rehearsal_of_everything(self, tmp_path):
         result = self.rehearse(tmp_path)
-        assert {part["name"] for part in result["parts"]} >= {"GPU alone", "op nf4", *GROUPS}
+        assert {part["name"] for part in result["parts"]} >= {"GPU alone", "test_nf4", *GROUPS}
         for part in result["parts"]:
             assert part.get("rows") or part["counts"]["passed"] > 0, part
         assert result["seconds"] < gpu_check.TOTAL

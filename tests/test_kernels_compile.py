@@ -38,7 +38,8 @@ def compiled(request, pool) -> dict[tuple[str, int], list[Future]]:
     """Everything that the tests that were picked need, under way."""
     return {
         (module, capability): [
-            pool.submit(compilations.work, task) for task in compilations.tasks([module], [capability])
+            pool.submit(compilations.work, task)
+            for task in compilations.tasks([module], [capability], alternatives=False)
         ]
         for module, capability in wanted(request, "kernels_of", "capability")
     }

@@ -20,7 +20,7 @@ from pyfinetune.kernels import linear_cross_entropy_products as products
 from pyfinetune.ops import _linear_cross_entropy_triton as triton
 
 in_python = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-PRODUCT = products.configs(0)[0].blocks
+PRODUCT = products.FAMILY.choose(0, 16, 64, 64).blocks
 
 
 @pytest.fixture(params=["own", "library"])

@@ -77,9 +77,10 @@ def test_blocks_next_to_a_tile_are_encoded():
     if not INTERPRETED:
         pytest.skip("there is no GPU to run on")
     import pyfinetune as pf
-    from pyfinetune.kernels.nf4 import TILE
+    from pyfinetune.kernels.nf4 import ENCODE
 
-    for numel in (TILE - 1, TILE, TILE + 1, 2 * TILE + 33):
+    tile = 64 * ENCODE.choose(0, 4, 64, 1 << 16).blocks["BLOCKS"]
+    for numel in (tile - 1, tile, tile + 1, 2 * tile + 33):
         weight = torch.randn(numel)
         packed = {}
         for backend in ("cpu", "triton"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pyfinetune.ops._triton import kernels, on_device_of, triton_dtypes, triton_why_not
+from pyfinetune.ops._triton import configuration, kernels, on_device_of, triton_dtypes, triton_why_not
 
 # Products over fewer tokens would leave a large GPU partly idle, and read the whole weight for each few of them.
 MIN_ROWS = 1024
@@ -45,6 +45,16 @@ def forward(*args):
     with on_device_of(args[0]):
         losses, *grads = kernels("linear_cross_entropy").linear_cross_entropy(*_head(args[:7], args[8:]))
     return losses if args[7] else losses.sum(dtype=torch.float64).float(), *grads
+
+
+def configuration_of(capability: int | None, *args):
+    """A `Backend.configuration` of `linear_cross_entropy`."""
+
+    def describe(on: int):
+        hidden, weight, *_rest, rows, needs = _head(args[:7], args[8:])
+        return kernels("linear_cross_entropy").describe(on, hidden, weight, min(rows, hidden.shape[0]), any(needs))
+
+    return configuration(args[0], capability, describe)
 
 
 def backward(dout, *args):

@@ -11,7 +11,7 @@ from pyfinetune.ops import _lora_linear_cpu as cpu
 from pyfinetune.ops import _lora_linear_triton as gpu
 from pyfinetune.ops._checks import cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
-from pyfinetune.ops._triton import on_device_of, triton_why_not
+from pyfinetune.ops._triton import configuration, on_device_of, triton_why_not
 from pyfinetune.ops.lora_linear import check, check_bwd, fake, fake_bwd, prepare, reference, reference_bwd
 from pyfinetune.ops.nf4 import Packed4bit
 
@@ -182,10 +182,15 @@ def _triton_backward(douts, *args):
     return _collect(x, projections, dx, grads)
 
 
-def _backends(triton, cpu_, tensors) -> list[Backend]:
+def _configuration(capability, *args):
+    x, projections = args[0], gpu.projections_of(args[0], _projections(args))
+    return configuration(x, capability, lambda on: gpu.describe(on, x, projections))
+
+
+def _backends(triton, cpu_, tensors, described=None) -> list[Backend]:
     """The two backends of an op; `tensors` picks what their kernels read of its arguments."""
     return [
-        Backend("triton", triton, lambda *args: triton_why_not(*tensors(*args))),
+        Backend("triton", triton, lambda *args: triton_why_not(*tensors(*args)), described),
         Backend("cpu", cpu_, lambda *args: cpu_why_not(*tensors(*args))),
     ]
 
@@ -296,7 +301,7 @@ _lora_linear_group = Op(
     check=_check,
     fake=_fake,
     reference=_reference,
-    backends=_backends(_triton_forward, _cpu_forward, lambda x, weights, *rest: (x, *weights)),
+    backends=_backends(_triton_forward, _cpu_forward, lambda x, weights, *rest: (x, *weights), _configuration),
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,

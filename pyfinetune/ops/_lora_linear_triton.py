@@ -18,7 +18,7 @@ import torch
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._lora_linear_cpu import BASE_ARGS, Needs, Projection, columns_of
 from pyfinetune.ops._nf4_triton import decode_into
-from pyfinetune.ops._triton import kernels, on_device_of
+from pyfinetune.ops._triton import configuration, kernels, on_device_of
 
 # Bytes that dY and the decoded weights of a group may take side by side; beyond, its projections take turns.
 CONCATENATED_BYTES = 512 << 20
@@ -331,3 +331,25 @@ def backward(dout, x, *args):
         x.new_empty(0, dtype=x.dtype if p is None else p.dtype) if grad is None else grad
         for grad, p in zip(grads, like, strict=True)
     )
+
+
+def describe(capability: int, x: torch.Tensor, projections: Sequence[Projection]) -> list[str]:
+    """What a group launches beside the library's GEMM, forward and backward, a line for each class of shapes."""
+    lines = []
+    if not x.shape[0]:
+        return lines
+    shared = sum(p.rank for p in projections if p.shares_input)
+    for p in projections:
+        if p.base.packed is not None:
+            *_nested, block_size, _nested_block_size = p.base.packed
+            sizes = x.element_size(), block_size, p.base.out_features * p.base.in_features
+            lines += kernels("nf4").describe_decode(capability, *sizes)
+        rank = (p.rank, shared if p.shares_input else p.rank)
+        kind = p.base.packed is not None, p.dropout_p > 0, p.magnitude is not None
+        lines += kernels("lora_linear").describe(capability, x, rank, p.base.out_features, *kind)
+    return list(dict.fromkeys(lines))
+
+
+def configuration_of(capability: int | None, x: torch.Tensor, *args):
+    """A `Backend.configuration` of `lora_linear`."""
+    return configuration(x, capability, lambda on: describe(on, x, projections_of(x, [args])))

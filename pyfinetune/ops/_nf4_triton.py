@@ -8,7 +8,7 @@ import math
 import torch
 
 from pyfinetune._native import native
-from pyfinetune.ops._triton import kernels, on_device_of, triton_dtypes, triton_why_not
+from pyfinetune.ops._triton import configuration, kernels, on_device_of, triton_dtypes, triton_why_not
 
 
 @functools.cache
@@ -44,3 +44,17 @@ def decode_why_not(*args) -> str | None:
     """The reason why the kernel cannot take the arguments of `dequantize_4bit`, or None."""
     dtype = args[9]
     return triton_why_not(*args[:6]) if dtype in triton_dtypes() else f"no kernel for {dtype}"
+
+
+def encode_configuration(capability: int | None, weight, block_size: int, quant_type: str):
+    """A `Backend.configuration` of `quantize_4bit`."""
+    sizes = weight.element_size(), block_size, weight.numel()
+    return configuration(weight, capability, lambda on: kernels("nf4").describe_encode(on, *sizes))
+
+
+def decode_configuration(capability: int | None, *args):
+    """A `Backend.configuration` of `dequantize_4bit`."""
+    *_nested, block_size, _nested_block_size, shape, dtype = args
+    sizes = dtype.itemsize, block_size, math.prod(shape)
+    # The scales are of a dtype that every kernel takes.
+    return configuration(args[2], capability, lambda on: kernels("nf4").describe_decode(on, *sizes))

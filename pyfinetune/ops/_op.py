@@ -21,6 +21,7 @@ from pyfinetune.errors import BackendUnavailable, InvalidInput
 
 LIBRARY = torch.library.Library("pyfinetune", "DEF")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+LEAST_CAPABILITY = 80  # of a GPU, for Triton's kernels. Ampere: bfloat16 and asynchronous copies
 REGISTRY: dict[str, Op] = {}
 
 # Process-wide, not per context: autograd runs a backward on threads of its own, which must see the same choice.
@@ -35,25 +36,26 @@ class Backend:
         name: one of `BACKENDS`.
         run: the implementation; takes the schema's arguments.
         why_not: the reason why `run` cannot take these arguments, or None when it can; looks at metadata only.
-        configuration: how `run` would launch its kernels for these arguments, in words; None where there is no choice.
+        configuration: how `run` would launch its kernels, a line each: of a GPU's capability (None for that of the
+            tensors) and the schema's arguments; None where there is no choice.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
-    configuration: Callable[..., str] | None = None
+    configuration: Callable[..., Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of `explain`: a backend, why it was not chosen (None for the chosen one), and how it would launch."""
+    """A backend in `explain`: why it was not chosen (None for the chosen one), and what it would launch."""
 
     backend: str
     reason: str | None
-    detail: str | None = None
+    launches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.reason or 'chosen'}" + (f" ({self.detail})" if self.detail else "")
+        return "\n    ".join([f"{self.backend}: {self.reason or 'chosen'}", *self.launches])
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,16 @@ class Op:
                 raise BackendUnavailable(f"{self.name}: backend {_forced!r} cannot run here: {reason}")
         raise BackendUnavailable(f"{self.name}: has no {_forced!r} backend")
 
-    def explain(self, *args) -> Explanation:
-        """Every backend of the op and whether it would take these arguments; nothing is computed."""
+    def explain(self, *args, capability: int | None = None) -> Explanation:
+        """Every backend of the op and whether it would take these arguments; nothing is computed. With a `capability`
+        also what would be launched on such a GPU, wherever the arguments are."""
         self.check(*args)
         chosen = self.choose(*args).name
         present = {backend.name: backend.why_not(*args) for backend in self.backends}
-        details = {
-            backend.name: backend.configuration(*args)
+        launches = {
+            backend.name: tuple(backend.configuration(capability, *args))
             for backend in self.backends
-            if backend.configuration is not None and present[backend.name] is None
+            if backend.configuration is not None and (present[backend.name] is None or capability is not None)
         }
         choices = []
         for name in BACKENDS:
@@ -175,7 +178,7 @@ class Op:
                 reason = "this op has no such backend"
             else:
                 reason = present[name] or ("another backend is forced" if _forced else "a faster backend was chosen")
-            choices.append(Choice(name, reason, details.get(name)))
+            choices.append(Choice(name, reason, launches.get(name, ())))
         return Explanation(self.name, chosen, tuple(choices))
 
 
@@ -295,12 +298,13 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def explain(op: str, *args, **kwargs) -> Explanation:
-    """Which backend a call would run on, and why not the others.
+def explain(op: str, *args, capability: int | None = None, **kwargs) -> Explanation:
+    """Which backend a call would run on, why not the others, and how it would launch its kernels.
 
     Args:
         op: the name of a public op, such as "dequantize_4bit".
         *args, **kwargs: what would be passed to `pf.ops.<op>`.
+        capability: of a GPU that need not be here, 86 for sm_86: what the Triton kernels would be launched with on it.
 
     Returns:
         An `Explanation`; print it, or read `.backend` and `.choices`.
@@ -314,7 +318,9 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     known = {name: o for name, o in REGISTRY.items() if o.prepare is not None}
     if op not in known:
         raise InvalidInput(f"explain: {op!r} is no op; choose from {', '.join(sorted(known))}")
-    return known[op].explain(*known[op].prepare(*args, **kwargs))
+    if capability is not None and (not isinstance(capability, int) or capability < LEAST_CAPABILITY):
+        raise InvalidInput(f"explain: capability is {capability!r}, needs {LEAST_CAPABILITY} or more: 86 for sm_86")
+    return known[op].explain(*known[op].prepare(*args, **kwargs), capability=capability)
 
 
 _forced = _validated(os.environ.get("PYFINETUNE_BACKEND"), "PYFINETUNE_BACKEND")

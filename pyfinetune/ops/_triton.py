@@ -7,13 +7,13 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 
 from pyfinetune.ops._checks import FLOATS, tensors_why_not
-
-LEAST_CAPABILITY = 80  # Ampere: bfloat16 and asynchronous copies
+from pyfinetune.ops._op import LEAST_CAPABILITY
 
 
 def interpreted() -> bool:
@@ -47,6 +47,13 @@ def _installed() -> bool:
 def kernels(stem: str) -> ModuleType:
     """The module of an op's Triton kernels, imported when first asked for."""
     return importlib.import_module(f"pyfinetune.kernels.{stem}")
+
+
+def configuration(of: torch.Tensor, capability: int | None, describe: Callable[[int], Sequence[str]]) -> Sequence[str]:
+    """What `describe` says of a capability, by default that of a tensor's GPU; nothing where no kernel takes it."""
+    if not _installed() or of.dtype not in FLOATS:
+        return ()
+    return describe(kernels("config").capability_of(of) if capability is None else capability)
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -10,7 +10,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import ALL_FLOATS, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._op import Backend, Op
-from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
+from pyfinetune.ops._triton import configuration, kernels, on_device_of, triton_why_not
 
 # By the name that crosses the schema; the order is the kernels' (Activation in csrc/cpu/dispatch.h).
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -133,6 +133,10 @@ def _backward(ctx, dout):
     return dgate if need_gate else None, dup if need_up else None, None
 
 
+def _configuration(capability, gate, up, activation):
+    return configuration(gate, capability, lambda on: kernels("glu").describe(on, _unit(gate), _unit(up)))
+
+
 def _make(name: str, prepare) -> Op:
     """One public function's op: they differ in the activations that they offer, and in the name that errors bear."""
     return Op(
@@ -142,7 +146,7 @@ def _make(name: str, prepare) -> Op:
         fake=_fake,
         reference=_reference,
         backends=[
-            Backend("triton", _triton, lambda gate, *rest: triton_why_not(gate)),
+            Backend("triton", _triton, lambda gate, *rest: triton_why_not(gate), _configuration),
             Backend("cpu", _cpu, lambda gate, *rest: cpu_why_not(gate)),
         ],
         prepare=prepare,

@@ -290,7 +290,12 @@ _linear_cross_entropy = Op(
     fake=_fake,
     reference=_reference,
     backends=[
-        Backend("triton", _labels_checked(triton.forward, 2), lambda *args: triton_why_not(*args[:2], args[3])),
+        Backend(
+            "triton",
+            _labels_checked(triton.forward, 2),
+            lambda *args: triton_why_not(*args[:2], args[3]),
+            triton.configuration_of,
+        ),
         Backend("cpu", cpu.forward, lambda *args: cpu_why_not(*args[:2], args[3])),
     ],
     prepare=_prepare,

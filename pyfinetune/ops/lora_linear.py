@@ -269,7 +269,7 @@ _lora_linear = Op(
     fake=fake,
     reference=reference,
     backends=[
-        Backend("triton", gpu.forward, lambda x, weight, *rest: triton_why_not(x, weight)),
+        Backend("triton", gpu.forward, lambda x, weight, *rest: triton_why_not(x, weight), gpu.configuration_of),
         Backend("cpu", cpu.forward, lambda x, weight, *rest: cpu_why_not(x, weight)),
     ],
     prepare=prepare,

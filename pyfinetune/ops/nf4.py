@@ -210,7 +210,7 @@ _quantize = Op(
     fake=_fake_quantize,
     reference=_quantize_reference,
     backends=[
-        Backend("triton", _quantize_triton, lambda weight, *rest: triton_why_not(weight)),
+        Backend("triton", _quantize_triton, lambda weight, *rest: triton_why_not(weight), gpu.encode_configuration),
         Backend("cpu", _quantize_cpu, lambda weight, *rest: cpu_why_not(weight)),
     ],
     prepare=lambda weight, block_size=64, quant_type="nf4", double_quant=False: (
@@ -427,7 +427,7 @@ _dequantize = Op(
     reference=dequantize_reference,
     backends=[
         Backend("cuda", _dequantize_cuda, _cuda_why_not),
-        Backend("triton", _dequantize_triton, gpu.decode_why_not),
+        Backend("triton", _dequantize_triton, gpu.decode_why_not, gpu.decode_configuration),
         Backend("cpu", _dequantize_cpu, lambda *args: cpu_why_not(*args[:6])),
     ],
     prepare=_prepare_dequantize,

@@ -8,7 +8,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import ALL_FLOATS, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._op import Backend, Op
-from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
+from pyfinetune.ops._triton import configuration, kernels, on_device_of, triton_why_not
 
 _NAME = "rms_norm"
 
@@ -188,6 +188,10 @@ def _prepare(
     return x, weight, residual, eps, offset
 
 
+def _configuration(capability, x, weight, residual, *rest):
+    return configuration(x, capability, lambda on: kernels(_NAME).describe(on, x, residual))
+
+
 _rms_norm = Op(
     _NAME,
     "(Tensor x, Tensor weight, Tensor? residual, float eps, float offset) -> (Tensor y, Tensor total, Tensor rstd)",
@@ -195,7 +199,7 @@ _rms_norm = Op(
     fake=_fake,
     reference=_reference,
     backends=[
-        Backend("triton", _triton, lambda x, weight, *rest: triton_why_not(x, weight)),
+        Backend("triton", _triton, lambda x, weight, *rest: triton_why_not(x, weight), _configuration),
         Backend("cpu", _cpu, lambda x, weight, *rest: cpu_why_not(x, weight)),
     ],
     prepare=_prepare,

@@ -8,7 +8,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops._checks import ALL_FLOATS, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._layout import unit_rows
 from pyfinetune.ops._op import Backend, Op
-from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
+from pyfinetune.ops._triton import configuration, kernels, on_device_of, triton_why_not
 
 _NAME = "rope"
 
@@ -104,9 +104,13 @@ def _triton_in(backward: bool):
     return run
 
 
+def _configuration(capability, q, k, cos, sin):
+    return configuration(q, capability, lambda on: kernels(_NAME).describe(on, q, cos))
+
+
 def _backends(backward: bool) -> list[Backend]:
     return [
-        Backend("triton", _triton_in(backward), lambda q, k, cos, sin: triton_why_not(q, cos)),
+        Backend("triton", _triton_in(backward), lambda q, k, cos, sin: triton_why_not(q, cos), _configuration),
         Backend("cpu", _cpu_in(backward), lambda q, k, cos, sin: cpu_why_not(q, cos)),
     ]
 

@@ -10,7 +10,7 @@ from pyfinetune._native import capsule, native, threads
 from pyfinetune.ops import _varlen_attn_reference as reference
 from pyfinetune.ops._checks import ALL_FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
-from pyfinetune.ops._triton import kernels, on_device_of, triton_why_not
+from pyfinetune.ops._triton import configuration, kernels, on_device_of, triton_why_not
 
 _NAME = "varlen_attn"
 _INPUTS = "Tensor q, Tensor k, Tensor v"
@@ -145,6 +145,10 @@ def _triton_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *rest)
     return grads
 
 
+def _configuration(capability, q, k, v, _cu_seqlens_q, _cu_seqlens_k, *options):
+    return configuration(q, capability, lambda on: kernels(_NAME).describe(on, q, k, v, *options))
+
+
 _bwd = Op(
     "varlen_attn_bwd",
     f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_CU_SEQLENS}, {_OPTIONS}, "
@@ -219,7 +223,10 @@ _varlen_attn = Op(
     check=_check,
     fake=_fake,
     reference=reference.forward,
-    backends=[Backend("triton", _triton_forward, _triton_why_not), Backend("cpu", _cpu_forward, _cpu_why_not)],
+    backends=[
+        Backend("triton", _triton_forward, _triton_why_not, _configuration),
+        Backend("cpu", _cpu_forward, _cpu_why_not),
+    ],
     prepare=_prepare,
     setup_context=_setup_context,
     backward=_backward,

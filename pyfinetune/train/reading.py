@@ -15,7 +15,7 @@ from typing import Any
 from pyfinetune.errors import UserError
 from pyfinetune.train import cleaning, mixing
 from pyfinetune.train.cleaning import Finding
-from pyfinetune.train.config import Files, RunConfig, Source, as_paths
+from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import (
     Row,
     hash_files,
@@ -27,6 +27,7 @@ from pyfinetune.train.data import (
 )
 from pyfinetune.train.formats import Example, RowFault, to_examples
 from pyfinetune.train.packing import one_a_row, pack
+from pyfinetune.train.sources import Files, Source, as_paths
 from pyfinetune.train.splits import split_rows
 from pyfinetune.train.tokenizing import Document, Tokenized, tokenize
 

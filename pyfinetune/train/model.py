@@ -78,6 +78,28 @@ def choose_dtype(dtype: str, method: str, checkpoint_dtype: torch.dtype | None, 
     return checkpoint_dtype if checkpoint_dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
+def check_length(config: PretrainedConfig, max_length: int, name_or_path: str) -> None:
+    """Check that a model has positions for the longest row.
+
+    Args:
+        config: the model's configuration.
+        max_length: the longest row, in tokens.
+        name_or_path: the model, for the message.
+
+    Raises:
+        UserError: it has fewer.
+
+    Example:
+        >>> check_length(model.config, 1024, "path/to/model")  # doctest: +SKIP
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise UserError(
+            f"max_length: {max_length} is beyond the {longest} positions of {name_or_path}",
+            fix=f"set max_length: {longest} or less",
+        )
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -108,7 +130,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     device = device or choose_device("auto")
-    config = read_model_config(name_or_path)
+    config = read_config(name_or_path)
     chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
     options = _attention(attn_implementation)
     if method == "qlora":
@@ -119,7 +141,7 @@ def load_model(
     return model.to(device)
 
 
-def read_model_config(name_or_path: str) -> PretrainedConfig:
+def read_config(name_or_path: str) -> PretrainedConfig:
     """Read what a model is, without its weights.
 
     Args:
@@ -132,7 +154,7 @@ def read_model_config(name_or_path: str) -> PretrainedConfig:
         UserError: there is no such model, or it is quantized already.
 
     Example:
-        >>> read_model_config("path/to/model").model_type  # doctest: +SKIP
+        >>> read_config("path/to/model").model_type  # doctest: +SKIP
         'llama'
     """
     from transformers import AutoConfig
@@ -150,7 +172,7 @@ def read_model_config(name_or_path: str) -> PretrainedConfig:
     return config
 
 
-def outline_model(name_or_path: str) -> PreTrainedModel:
+def load_skeleton(name_or_path: str) -> PreTrainedModel:
     """Build a causal language model without its weights, to look at its layers.
 
     Args:
@@ -160,46 +182,17 @@ def outline_model(name_or_path: str) -> PreTrainedModel:
         The model on the meta device: shapes and types, no values.
 
     Raises:
-        UserError: there is no such model, it is quantized already, it has no safetensors weights, or it is no causal
-            language model.
+        UserError: there is no such model, it is quantized already, or it is no causal language model.
 
     Example:
-        >>> next(outline_model("path/to/model").parameters()).device  # doctest: +SKIP
+        >>> next(load_skeleton("path/to/model").parameters()).device  # doctest: +SKIP
         device(type='meta')
     """
     from transformers import AutoModelForCausalLM
 
-    config = read_model_config(name_or_path)
-    folder = Path(name_or_path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model_name_or_path: {name_or_path!r} has no .safetensors weights",
-            fix="save the model again with a current transformers, which writes them",
-        )
+    config = read_config(name_or_path)
     with _loading(name_or_path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def check_length(config: PretrainedConfig, max_length: int, name_or_path: str) -> None:
-    """Check that a model has positions for the longest row.
-
-    Args:
-        config: the model's configuration.
-        max_length: the longest row, in tokens.
-        name_or_path: the model, for the message.
-
-    Raises:
-        UserError: it has fewer.
-
-    Example:
-        >>> check_length(model.config, 1024, "path/to/model")  # doctest: +SKIP
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise UserError(
-            f"max_length: {max_length} is beyond the {longest} positions of {name_or_path}",
-            fix=f"set max_length: {longest} or less",
-        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from pyfinetune.errors import UserError
 from pyfinetune.train.cleaning import Finding
 from pyfinetune.train.config import RunConfig, load_config
-from pyfinetune.train.model import add_adapters, check_length, choose_device, outline_model
+from pyfinetune.train.model import add_adapters, check_length, choose_device, load_skeleton
 from pyfinetune.train.packing import pack
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.tokenizing import Document, Tokenized, load_tokenizer
@@ -208,7 +208,13 @@ def _data_facts(data: Data) -> dict[str, Any]:
 
 def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
     """The model as it would be trained, by its shapes alone."""
-    model = outline_model(config.model_name_or_path)
+    folder = Path(config.model_name_or_path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model_name_or_path: {config.model_name_or_path!r} has no .safetensors weights",
+            fix="save the model again with a current transformers, which writes them",
+        )
+    model = load_skeleton(config.model_name_or_path)
     check_length(model.config, config.max_length, config.model_name_or_path)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     highest, place = max(

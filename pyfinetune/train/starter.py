@@ -11,7 +11,7 @@ import yaml
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, parse_config
-from pyfinetune.train.model import check_length, choose_device, read_model_config
+from pyfinetune.train.model import check_length, choose_device, read_config
 from pyfinetune.train.reading import read_data
 from pyfinetune.train.tokenizing import load_tokenizer, tokenize
 
@@ -78,7 +78,7 @@ def _origin(data: str | None) -> tuple[dict[str, str], int | None]:
 def _length(values: dict[str, Any]) -> int:
     """The least multiple of 64 that holds 99 of 100 rows, within what the model can read."""
     config = RunConfig(**values)
-    model_config = read_model_config(config.model_name_or_path)
+    model_config = read_config(config.model_name_or_path)
     data = read_data(config)
     tokenizer = load_tokenizer(config.model_name_or_path, data_format=data.format)
     documents = tokenize(data.train[:_SAMPLE], tokenizer, 2**31 - 1).documents

@@ -78,6 +78,36 @@ def train(
 
 
 @app.command()
+def check(
+    config: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")],
+    as_json: Json = False,
+) -> None:
+    """Find what would spoil a run before it starts, without loading weights; exits 2 when there is an error."""
+    from rich.console import Console
+
+    from pyfinetune.train.preflight import examine_file
+    from pyfinetune.train.preflight_view import show
+
+    found = examine_file(config)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        show(found, Console(), Console(stderr=True))
+    raise typer.Exit(0 if found.ok else 2)
+
+
+@app.command()
+def init(
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="A causal language model's name or folder.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="A data file, or a dataset's name.")] = None,
+) -> None:
+    """Write a run's configuration, fitted to a model and a data file, to standard output."""
+    from pyfinetune.train.starter import starter_yaml
+
+    typer.echo(starter_yaml(model, data), nl=False)
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="A causal language model's name or folder, instead of our own.")

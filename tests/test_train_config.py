@@ -70,6 +70,61 @@ def test_a_wrong_key_or_value_is_named_with_its_mend(change, message, fix):
     assert fix in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("change", "message", "fix"),
+    [
+        ({"sources": [{"trian_file": "a"}]}, "sources: entry 1: unknown key 'trian_file'", "did you mean train_file?"),
+        ({"sources": [{"train_file": "a"}, {}]}, "sources: entry 2: give exactly one of train_file", "edit run.yaml"),
+        ({"sources": [{"train_file": "a", "weight": -1}]}, "sources: entry 1: weight: -1 will not do", "weight"),
+        ({"sources": []}, "sources: [] will not do", "sources"),
+        (
+            {"sources": [{"train_file": "a"}], "columns": {"a": "b"}},
+            "columns stands inside each of the sources",
+            "edit",
+        ),
+        ({"sources": [{"train_file": "a"}], "train_file": "b"}, "exactly one of train_file, dataset_name", "edit"),
+        ({"train_file": "a", "replay": {"train_file": "b"}}, "replay: share is missing", "share: ..."),
+        (
+            {"train_file": "a", "replay": {"train_file": "b", "share": 1}},
+            "replay: share: 1 will not do",
+            "replay: share",
+        ),
+        (
+            {"train_file": "a", "replay": {"train_file": "b", "share": 0.1, "validation_file": "c"}},
+            "trained on only",
+            "edit",
+        ),
+        ({"train_file": "a", "clean": "leek"}, "clean: entry 1: 'leek' will not do", "clean"),
+        ({"train_file": 5}, "train_file: 5 will not do", "correct the value of train_file"),
+        ({"train_file": "a", "task": "sentiment"}, "task: 'sentiment' will not do", "task"),
+        ({"train_file": "a", "group_column": "g"}, "group_column says how rows are parted", "edit"),
+        ({"train_file": "a", "test_file": "b", "test_size": 0.1}, "give test_file or test_size, not both", "edit"),
+        (
+            {"train_file": "a", "validation_file": "b", "validation_size": 1},
+            "validation_file or validation_size",
+            "edit",
+        ),
+        ({"train_file": "a", "validation_size": 1.5}, "validation_size is 1.5", "edit"),
+        ({"train_file": "a", "dataset_test_split": "test"}, "dataset_test_split belongs to dataset_name", "edit"),
+    ],
+)
+def test_a_wrong_source_is_named_with_its_mend(change, message, fix):
+    with pytest.raises(UserError) as caught:
+        parse_config({"model_name_or_path": "m", "output_dir": "o", **change}, source="run.yaml")
+    assert caught.value.message.startswith("run.yaml: ")
+    assert message in caught.value.message
+    assert fix in caught.value.fix
+
+
+def test_what_is_recorded_can_be_read_again():
+    sources = [{"train_file": {"source": "a", "target": "b"}, "weight": 2}, {"dataset_name": "d", "task": "sft"}]
+    replay = {"train_file": ["c", "d"], "share": 0.1}
+    base = {key: value for key, value in BASE.items() if key != "train_file"}
+    config = parse_config({**base, "sources": sources, "replay": replay, "clean": "all", "test_size": 0.1})
+    assert parse_config(config_digest(config)) == config
+    assert [source.label for source in config.origins] == ["a, b", "d"]
+
+
 def test_a_missing_key_is_named():
     with pytest.raises(UserError, match="output_dir is missing"):
         parse_config({"model_name_or_path": "m", "train_file": "a.json"})

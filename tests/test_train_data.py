@@ -209,6 +209,8 @@ def assistant(content):
         (ALPACA, {"instruction": "", "output": "b"}, "row 2: instruction is empty"),
         (ALPACA, {"input": "a", "output": "b"}, "row 2: has no 'instruction'"),
         ({"text": "a"}, {"text": ""}, "row 2: text is empty"),
+        ({"text": "a", "label": "b"}, {"text": "a"}, "row 2: has no 'label' (its columns: 'text')"),
+        ({"text": "a", "label": "b"}, {"text": "a", "label": None}, "row 2: has no 'label'"),
         ({"messages": MESSAGES}, {"messages": []}, "row 2: messages is not a list of messages"),
         ({"messages": MESSAGES}, {"messages": MESSAGES[:1]}, "row 2: messages has no assistant message"),
         ({"messages": MESSAGES}, {"messages": assistant("")}, "message 2: content is empty"),

@@ -231,6 +231,37 @@ def test_hostile_bytes_are_named(tmp_path, name, content, message):
     assert str(path) in caught.value.message
 
 
+def test_json_in_its_other_shapes(tmp_path):
+    path = tmp_path / "a.json"
+    row = {"prompt": "a", "completion": "b"}
+    for content in ({"version": 1, "data": [row]}, row, [row]):
+        path.write_text(json.dumps(content, indent=2))
+        assert [found.fields for found in load_rows([str(path)])] == [row]
+    path.write_text("5")
+    with pytest.raises(UserError, match=r"a\.json, row 1: holds int, not an object"):
+        load_rows([str(path)])
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.json", "a.json"), ("a.jsonl", "a.jsonl, row 1")])
+def test_json_without_end_to_its_depth(tmp_path, name, place):
+    (tmp_path / name).write_text("[" * 200_000)
+    with pytest.raises(UserError, match=f"{place}: JSON nested too deeply|{place}.*broken JSON"):
+        load_rows([str(tmp_path / name)])
+
+
+def test_half_a_character_is_named_and_can_be_dropped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\ud83d"}\n')
+    values = {"model_name_or_path": "m", "output_dir": "o", "train_file": str(path)}
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: completion holds half a character") as caught:
+        read_data(parse_config(values))
+    assert "clean: [mojibake]" in caught.value.fix
+    assert len(read_data(parse_config({**values, "clean": "mojibake"})).train) == 1
+    turns = [{"role": "user", "content": "\ud83d"}, ANSWER]
+    with pytest.raises(UserError, match="message 1: content holds half a character"):
+        example({"messages": turns})
+
+
 def test_a_byte_order_mark_and_carriage_returns_are_not_data(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbfprompt,completion\r\na,b\r\n")
@@ -249,6 +280,12 @@ def test_class_numbers_of_a_dataset_become_names(tmp_path, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    values = {"model_name_or_path": "m", "output_dir": "o", "dataset_name": "any", "dataset_test_split": "test"}
+    with pytest.raises(UserError, match=r"any \(train\), row 3: has no 'label'"):
+        read_data(parse_config(values))
+    data = read_data(parse_config({**values, "clean": "missing"}))
+    assert [e.messages[1]["content"] for e in (*data.train, *data.held_out)] == ["pos", "neg"] * 2
+    assert {finding.kind for finding in data.findings} == {"missing", "leak"}
     assert [row.fields["label"] for row in load_dataset_rows("any")] == ["pos", "neg", None]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made.select([]))
     with pytest.raises(UserError, match=r"'any' \(split 'train'\) holds no rows"):

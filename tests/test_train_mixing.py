@@ -132,6 +132,8 @@ def test_sources_of_different_formats(tmp_path):
     (tmp_path / "t.txt").write_text("one line\n")
     data = read(sources=[{"train_file": str(tmp_path / "s.jsonl")}, {"train_file": str(tmp_path / "t.txt")}])
     assert sorted(example.format for example in data.train) == ["summarization", "text"]
+    reverse = read(sources=[{"train_file": str(tmp_path / "t.txt")}, {"train_file": str(tmp_path / "s.jsonl")}])
+    assert data.format == reverse.format == "summarization"
 
 
 def test_replay_is_a_share_of_the_whole(tmp_path):

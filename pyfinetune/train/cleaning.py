@@ -149,17 +149,16 @@ def near_duplicates(contents: Sequence[str], threshold: float = THRESHOLD, since
     """
     signatures = _signatures(contents)
     found: dict[int, int] = {}
-    checked: set[tuple[int, int]] = set()
+    unlike: set[tuple[int, int]] = set()
     for earlier, later in _candidates(signatures):
-        if (since and not earlier < since <= later) or (earlier, later) in checked:
+        if (since and not earlier < since <= later) or found.get(later, later) <= earlier:
             continue
-        if found.get(later, later) <= earlier:
-            continue
-        checked.add((earlier, later))
-        if np.mean(signatures[earlier] == signatures[later]) < threshold - _SURE:
+        if np.mean(signatures[earlier] == signatures[later]) < threshold - _SURE or (earlier, later) in unlike:
             continue
         if similarity(contents[earlier], contents[later]) >= threshold:
             found[later] = earlier
+        else:
+            unlike.add((earlier, later))
     return dict(sorted(found.items()))
 
 

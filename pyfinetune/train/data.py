@@ -34,6 +34,8 @@ _KINDS = {
     ".iob": "conll",
     ".iob2": "conll",
 }
+# Where files that wrap their rows in one object keep them.
+_ROW_KEYS = ("data", "rows", "examples", "instances", "train")
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def _read(path: Path, sample_by: str) -> Iterator[Row]:
         yield from _read_conll(path, text)
     elif kind in ("csv", "tsv"):
         yield from _read_csv(path, text, "\t" if kind == "tsv" else ",")
-    elif kind == "jsonl" or not text.lstrip().startswith("["):  # many files called .json hold one object a line
+    elif kind == "jsonl":
         yield from _read_jsonl(path, text)
     else:
         yield from _read_json(path, text)
@@ -366,20 +368,37 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Row]:
                 f"{path}, row {number}: broken JSON: {error.msg} (column {error.colno})",
                 fix="each line holds one whole JSON object; correct that line",
             ) from None
+        except RecursionError:
+            raise _too_deep(f"{path}, row {number}") from None
         yield _json_row(path, number, fields)
 
 
 def _read_json(path: Path, text: str) -> Iterator[Row]:
+    """A list of objects, alone or under a key such as `data`; one object; or, under a misleading name, one a line."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("["):
+            yield from _read_jsonl(path, text)
+            return
         number = _broken_row(text)
         raise UserError(
             f"{path}, row {number} (line {error.lineno}): broken JSON: {error.msg} (column {error.colno})",
             fix="correct that row",
         ) from None
+    except RecursionError:
+        raise _too_deep(str(path)) from None
+    if isinstance(content, dict):
+        lists = [content[key] for key in _ROW_KEYS if isinstance(content.get(key), list)]
+        content = lists[0] if len(lists) == 1 else [content]
+    elif not isinstance(content, list):
+        content = [content]
     for number, fields in enumerate(content, start=1):
         yield _json_row(path, number, fields)
+
+
+def _too_deep(place: str) -> UserError:
+    return UserError(f"{place}: JSON nested too deeply to be read", fix="flatten or remove that row")
 
 
 def _json_row(path: Path, number: int, fields: Any) -> Row:

@@ -72,7 +72,7 @@ class RowFault(UserError):
     """One row that cannot be learned from.
 
     Args:
-        kind: `missing`, `empty` or `roles`, which `clean:` can drop, or `wrong`, which it cannot.
+        kind: `missing`, `empty`, `roles` or `mojibake`, which `clean:` can drop, or `wrong`, which it cannot.
         message: what is wrong, with file and row.
         fix: what mends it.
     """
@@ -200,14 +200,15 @@ def _columns_of(row: Row, name: str) -> tuple[str, ...] | None:
 
 def _converted(row: Row, expected: str, first: Row, task: str) -> Example:
     if _columns_of(row, expected) is None:
+        wanted = _columns_of(first, expected) or _FORMATS[expected][0]
         other = _format_of(row, task)
-        if other is not None and other != expected:
+        # A text whose label is missing is no raw text, though it has the columns of one.
+        if other is not None and not set(_columns_of(row, other) or ()) <= set(wanted):
             raise RowFault(
                 "wrong",
                 f"{row.place}: is {_NAMES[other]}, but {first.place} is {_NAMES[expected]}",
                 "give one format in one file: convert these rows, or name two files under sources:",
             )
-        wanted = _columns_of(first, expected) or _FORMATS[expected][0]
         missing = next(name for name in wanted if row.fields.get(name) is None)
         raise RowFault(
             "missing",
@@ -242,6 +243,15 @@ def _string(row: Row, name: str, value: Any, *, filled: bool) -> str:
             f"{row.place}: {name} is {type(value).__name__}, not text",
             f"write the value of {name} in quotes",
         )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowFault(
+                "mojibake",
+                f"{row.place}: {name} holds half a character ({value[error.start]!r}), which no text can",
+                "write the file as UTF-8",
+            ) from None
     if filled and not value.strip():
         what = "asks nothing" if name in _QUESTIONS else "leaves nothing to learn"
         raise RowFault("empty", f"{row.place}: {name} is empty and {what}", "fill it in or remove the row")
@@ -347,7 +357,7 @@ def _checked(row: Row, messages: Any, name: str) -> list[Message]:
         if message["role"] == "assistant" and not message.get("tool_calls"):
             _string(row, f"{where}: content", message.get("content"), filled=True)
         elif "content" in message:
-            if not isinstance(message["content"], (str, list)):
+            if not isinstance(message["content"], list):
                 _string(row, f"{where}: content", message["content"], filled=False)
         elif not message.get("tool_calls"):
             raise RowFault("missing", f"{row.place}: {where} has no content", 'each message needs "role" and "content"')

@@ -6,7 +6,9 @@ come from safetensors files only, and no code from a model's folder is ever run.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import pyfinetune as pf
 from pyfinetune.errors import PyfinetuneError, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,6 +78,28 @@ def choose_dtype(dtype: str, method: str, checkpoint_dtype: torch.dtype | None, 
     return checkpoint_dtype if checkpoint_dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
+def check_length(config: PretrainedConfig, max_length: int, name_or_path: str) -> None:
+    """Check that a model has positions for the longest row.
+
+    Args:
+        config: the model's configuration.
+        max_length: the longest row, in tokens.
+        name_or_path: the model, for the message.
+
+    Raises:
+        UserError: it has fewer.
+
+    Example:
+        >>> check_length(model.config, 1024, "path/to/model")  # doctest: +SKIP
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise UserError(
+            f"max_length: {max_length} is beyond the {longest} positions of {name_or_path}",
+            fix=f"set max_length: {longest} or less",
+        )
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -103,34 +127,87 @@ def load_model(
     Example:
         >>> load_model("path/to/model", method="qlora")  # doctest: +SKIP
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     device = device or choose_device("auto")
+    config = read_config(name_or_path)
+    chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
+    options = _attention(attn_implementation)
+    if method == "qlora":
+        options["quantization_config"] = pf.Config4bit()
+    with _loading(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def read_config(name_or_path: str) -> PretrainedConfig:
+    """Read what a model is, without its weights.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        UserError: there is no such model, or it is quantized already.
+
+    Example:
+        >>> read_config("path/to/model").model_type  # doctest: +SKIP
+        'llama'
+    """
+    from transformers import AutoConfig
+
     where = f"model_name_or_path: {name_or_path!r}"
     if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
-    try:
+    with _loading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(
-                f"{where} is already quantized, and this command starts from plain weights",
-                fix="give the model it was made from; method: qlora quantizes it while loading",
-            )
-        chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
-        options = _attention(attn_implementation)
-        if method == "qlora":
-            options["quantization_config"] = pf.Config4bit()
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
-    except PyfinetuneError:
-        raise
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{where} is already quantized, and this command starts from plain weights",
+            fix="give the model it was made from; method: qlora quantizes it while loading",
+        )
+    return config
+
+
+def load_skeleton(name_or_path: str) -> PreTrainedModel:
+    """Build a causal language model without its weights, to look at its layers.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+
+    Returns:
+        The model on the meta device: shapes and types, no values.
+
+    Raises:
+        UserError: there is no such model, it is quantized already, or it is no causal language model.
+
+    Example:
+        >>> next(load_skeleton("path/to/model").parameters()).device  # doctest: +SKIP
+        device(type='meta')
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(name_or_path)
+    with _loading(name_or_path), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@contextlib.contextmanager
+def _loading(name_or_path: str) -> Iterator[None]:
+    """Say of a model that cannot be loaded which it is and what would do."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, PyfinetuneError):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{where} cannot be loaded: {reason}",
+            f"model_name_or_path: {name_or_path!r} cannot be loaded: {reason}",
             fix="give a causal language model's name on the hub, or its folder with config.json and .safetensors files",
         ) from error
-    model.config.use_cache = False
-    return model.to(device)
 
 
 def add_adapters(

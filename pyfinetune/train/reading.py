@@ -40,7 +40,7 @@ class Data:
         train: examples to learn from.
         held_out: examples to evaluate on; empty when nothing is held out.
         sha256: digest of the training data's contents.
-        format: what `formats.recognise` said of the rows.
+        format: what `formats.recognise` said of the rows; of several, one that needs a chat template.
         test: examples that the run never sees, for afterwards; empty without a test set of its own.
         findings: what was wrong with rows.
         mixture: what each source gave.
@@ -122,7 +122,9 @@ def read_data(config: RunConfig, near: bool = False) -> Data:
         test = _examples(rows, source, config, "test", findings).examples
     _check_formats(train, held_out, config)
     train = _without_leaks(train, held_out, test, config, near, findings)
-    data_format = train[0][0].format
+    formats = [examples[0].format for examples in train]
+    # The one that decides how rows are written: a chat needs a template, and what comes beside it can be written by it.
+    data_format = next((name for name in formats if name not in ("text", "prompt_completion")), formats[0])
     mixed, mixture = _mixed(train, origins, config)
     return Data(mixed, held_out, digest, data_format, test, [*findings.values()], mixture)
 
@@ -276,7 +278,7 @@ def _cleaned(
 def _split(
     parts: list[_Part], held: list[list[Example]], config: RunConfig
 ) -> tuple[list[list[Example]], list[Example], list[Example]]:
-    """Training examples of each source, and the held-out and test examples of all of them.
+    """Training examples of each source, and the held-out and test examples of all of them; sizes are a source's own.
 
     The older source of `replay:` is not split: what is held out tells how well the new rows are learned.
     """
@@ -331,7 +333,7 @@ def _without_leaks(
     unseen = [example for example, _ in others]
     drop = "leak" in config.clean
     for index, first in _matches(unseen, examples, near or drop).items():
-        row = (unseen[index].place, f"is in the training set: {examples[first].place}")
+        row = (unseen[index].place, f"as {examples[first].place}")
         _find(findings, "leak", others[index][1], row, dropped=drop)
     if not drop:
         return train

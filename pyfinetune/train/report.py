@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def rows_lines(counts: dict[str, dict[str, int]], max_length: int) -> list[str]:
-    """What will be trained and evaluated on, and what `max_length` took away.
+    """What will be trained and evaluated on.
 
     Args:
         counts: `run.Rows.counts`.
         max_length: the longest document, in tokens.
 
     Returns:
-        Lines of text, those that need attention beginning with `warning:`.
+        Lines of text.
 
     Example:
         >>> rows_lines({}, 1024)
@@ -30,11 +30,6 @@ def rows_lines(counts: dict[str, dict[str, int]], max_length: int) -> list[str]:
             f"{name.replace('_', ' ')}: {count['examples']:,} examples, {count['tokens']:,} tokens, of which"
             f" {count['learned_tokens']:,} are learned, in {count['rows']:,} rows of up to {max_length:,}"
         )
-        longest = f"max_length {max_length:,} (longest: {count['longest']:,} tokens)"
-        if count["cut_short"]:
-            lines.append(f"warning: {count['cut_short']:,} answers are cut short, without their end, by {longest}")
-        if count["dropped"]:
-            lines.append(f"warning: {count['dropped']:,} rows are left out, their whole answer cut off by {longest}")
     return lines
 
 

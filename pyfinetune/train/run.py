@@ -21,9 +21,9 @@ from rich.console import Console
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train import card, checkpoints, manifest, results
+from pyfinetune.train import card, checkpoints, manifest, preflight, results
 from pyfinetune.train.config import RunConfig, config_digest
-from pyfinetune.train.model import add_adapters, choose_device, load_model
+from pyfinetune.train.model import add_adapters, check_length, choose_device, load_model
 from pyfinetune.train.packing import check_isolation, is_flat
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.report import rows_lines
@@ -91,12 +91,7 @@ def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
         device=device,
         attn_implementation=config.attn_implementation,
     )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.max_length > longest:
-        raise UserError(
-            f"max_length: {config.max_length} is beyond the {longest} positions of {config.model_name_or_path}",
-            fix=f"set max_length: {longest} or less",
-        )
+    check_length(model.config, config.max_length, config.model_name_or_path)
     if config.method != "full":
         model = add_adapters(
             model,
@@ -191,6 +186,7 @@ def train(
     rows = prepare_rows(data, tokenizer, config)
     for line in rows_lines(rows.counts, config.max_length):
         _say(console, line)
+    preflight.require(config, data, rows, tokenizer, lambda message: _say(console, message))
     model, report = prepare_model(config, device)
     if report is not None and report.rows:
         _say(console, str(report))

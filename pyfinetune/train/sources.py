@@ -1,4 +1,4 @@
-"""Where a run's rows come from, as its YAML file says: files or a dataset's name, several of them, an older one."""
+"""Where a run's rows come from: the keys of a source, of one among several, and of an older one that is replayed."""
 
 from __future__ import annotations
 

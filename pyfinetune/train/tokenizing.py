@@ -249,12 +249,13 @@ def _texts(result: Tokenized, batch: Sequence[Example], tokenizer: Any, max_leng
             ids = [*ids, tokenizer.eos_token_id]
         result.longest = max(result.longest, len(ids))
         result.answers += 1
-        for start in range(0, len(ids), max_length):
-            piece = ids[start : start + max_length]
-            if len(piece) > 1:  # a lone token has no predecessor to be predicted from
-                found.append((id(example), _document(piece, [True] * len(piece), example.place)))
-        if len(ids) > 1 and len(piece) > 1:
-            result.ends[tokenizer.eos_token_id] += 1
+        borders = [*range(0, len(ids), max_length), len(ids)]
+        if len(borders) > 2 and borders[-1] - borders[-2] == 1:
+            borders[-2] -= 1  # a lone token has no predecessor to be predicted from, and this one is the end
+        for start, end in itertools.pairwise(borders):
+            if end - start > 1:
+                found.append((id(example), _document(ids[start:end], [True] * (end - start), example.place)))
+        result.ends[tokenizer.eos_token_id] += len(ids) > 1
     return found
 
 

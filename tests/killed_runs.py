@@ -40,6 +40,13 @@ def child(values: dict, log: str) -> None:
     train(parse_config(values))
 
 
+def warm_up() -> None:
+    """Start the server, which imports everything, so that attempts are timed without it."""
+    process = context().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 def attempt(values: dict, kill_after: float | None = None) -> float | None:
     """Train in a process of its own; gives its seconds, or None where it was killed after so many of them."""
     out = Path(values["output_dir"])

@@ -5,5 +5,7 @@
 
     result = train(load_config("run.yaml"))
 
-Read in this order: `config`, `data`, `formats`, `tokenizing`, `packing`, `model`, `loop`, `callbacks`, `run`.
+Read in this order: `config`, `data`, `formats`, `tokenizing`, `packing`, `model`, `loop`, `callbacks`, `checkpoints`,
+`manifest`, `run`; then what a run leaves for people (`answers`, `curves`, `html_report`, `card`), and what builds on it
+(`repeat`, `search`).
 """

@@ -293,6 +293,7 @@ def train(
     earlier = manifest.read_manifest(out / "run.json")
     if _already_complete(earlier, config, data):
         _say(console, f"{out} holds this very run, complete: nothing to do (change output_dir to run it again)")
+        results.complete_report(config)
         return TrainResult(**earlier["result"])
     start = find_start(config, data.sha256, lambda message: _say(console, message))
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data.format)

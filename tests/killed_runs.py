@@ -73,7 +73,9 @@ def outcome(out: Path) -> dict:
     run = json.loads((out / "run.json").read_text())
     return {
         "status": run["status"],
-        "result": {key: run["result"][key] for key in ("steps", "eval_loss", "eval_loss_before", "perplexity")},
+        "result": {
+            key: run["result"][key] for key in ("steps", "tokens", "eval_loss", "eval_loss_before", "perplexity")
+        },
         "adapter": load_file(out / "adapter_model.safetensors"),
         "checkpoint": last.name,
         "last adapter": load_file(last / "adapter_model.safetensors"),

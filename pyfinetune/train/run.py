@@ -77,7 +77,7 @@ class TrainResult:
         eval_loss: held-out loss of the saved weights.
         perplexity_before: exp of `eval_loss_before`.
         perplexity: exp of `eval_loss`.
-        tokens: tokens trained on in this session, without padding.
+        tokens: tokens trained on in all, without padding.
         tokens_per_second: over this session's training, without evaluations and checkpoints.
         peak_memory_gb: GiB.
         seconds: of this session's training, all told.

@@ -40,6 +40,13 @@ def child(values: dict, log: str) -> None:
     train(parse_config(values))
 
 
+def warm_up() -> None:
+    """Start the server, which imports everything, so that attempts are timed without it."""
+    process = context().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 def attempt(values: dict, kill_after: float | None = None) -> float | None:
     """Train in a process of its own; gives its seconds, or None where it was killed after so many of them."""
     out = Path(values["output_dir"])
@@ -66,7 +73,9 @@ def outcome(out: Path) -> dict:
     run = json.loads((out / "run.json").read_text())
     return {
         "status": run["status"],
-        "result": {key: run["result"][key] for key in ("steps", "eval_loss", "eval_loss_before", "perplexity")},
+        "result": {
+            key: run["result"][key] for key in ("steps", "tokens", "eval_loss", "eval_loss_before", "perplexity")
+        },
         "adapter": load_file(out / "adapter_model.safetensors"),
         "checkpoint": last.name,
         "last adapter": load_file(last / "adapter_model.safetensors"),

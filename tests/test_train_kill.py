@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from killed_runs import attempt, differences, outcome
+import torch
+from killed_runs import attempt, differences, outcome, warm_up
 from tiny_model import tiny_fixture  # noqa: F401
 
 from pyfinetune.train.checkpoints import find_flaw, list_checkpoints
@@ -49,13 +50,14 @@ def with_early_stopping(values: dict) -> dict:
     return {**values, "early_stopping_patience": 2, "eval_steps": 2, "trainer": trainer}
 
 
-def kill_until(values: dict, kills: int, folder: Path, rng: random.Random) -> None:
-    """Kill runs at random instants until that many were hit; each ends, in the end, as the run left alone did."""
-    straight = {**values, "output_dir": str(folder / "straight")}
-    attempt(straight)  # the first one also warms the machine up
-    seconds = attempt({**straight, "output_dir": str(folder / "timed")})
+def kill_until(values: dict, kills: int, folder: Path, rng: random.Random) -> dict:
+    """Kill runs at random instants until that many were hit; each ends, in the end, as the run left alone did.
+
+    Gives the outcome of all of them.
+    """
+    warm_up()
+    seconds = attempt({**values, "output_dir": str(folder / "straight")})
     expected = outcome(folder / "straight")
-    assert differences(expected, outcome(folder / "timed")) == []
     hits, run, at_once = 0, 0, 0
     while hits < kills:
         out = folder / f"run{run}"
@@ -71,15 +73,29 @@ def kill_until(values: dict, kills: int, folder: Path, rng: random.Random) -> No
         assert done is not None
         assert differences(expected, outcome(out)) == []
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    return expected
 
 
 def test_a_killed_run_ends_at_the_same_bits(values, tmp_path):
-    kill_until(values, 2, tmp_path, random.Random(7))
+    short = {**values, "report": False, "trainer": {**values["trainer"], "num_train_epochs": 2}}
+    kill_until(short, 2, tmp_path, random.Random(7))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early_stopping", [False, True])
-def test_twenty_kills_at_random_instants_end_at_the_same_bits(values, tmp_path, early_stopping):
-    kill_until(
-        with_early_stopping(values) if early_stopping else values, 20, tmp_path, random.Random(20 + early_stopping)
-    )
+def test_twenty_kills_at_random_instants_end_at_the_same_bits(values, tmp_path):
+    expected = kill_until(values, 20, tmp_path, random.Random(20))
+    assert expected["state"]["global_step"] == expected["state"]["max_steps"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_run_that_stops_early_end_at_the_same_bits(values, tmp_path):
+    expected = kill_until(with_early_stopping(values), 20, tmp_path, random.Random(21))
+    assert expected["state"]["global_step"] < expected["state"]["max_steps"]
+
+
+def test_differences_are_seen():
+    one = {"a": [torch.zeros(2), 1.0], "b": "x"}
+    assert differences(one, {"a": [torch.zeros(2), 1.0], "b": "x"}) == []
+    assert differences(one, {"a": [torch.tensor([0, 1e-45]), 1.0], "b": "x"}) == ["/a/0"]
+    assert len(differences(one, {"a": [torch.zeros(2), 1.0000001], "b": "y"})) == 2
+    assert differences(one, {"a": [torch.zeros(2)], "b": "x"}) != []

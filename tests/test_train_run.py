@@ -19,7 +19,8 @@ from tiny_model import CHATML, save_tiny, tiny_fixture  # noqa: F401
 import pyfinetune as pf
 import pyfinetune.train.loop as loop
 from pyfinetune.errors import PyfinetuneError, UserError
-from pyfinetune.train.checkpoints import list_checkpoints, newest_complete
+from pyfinetune.train.answers import read_samples
+from pyfinetune.train.checkpoints import CHECKSUMS, list_checkpoints, newest_complete
 from pyfinetune.train.config import config_digest, parse_config
 from pyfinetune.train.run import train
 
@@ -59,13 +60,19 @@ def records(out: Path) -> list[dict]:
 def test_a_run_learns_and_saves_what_peft_and_transformers_load(tiny, sums, tmp_path, method):
     out = tmp_path / "out"
     rate = 1e-3 if method == "full" else 2e-2
-    result = train(settings(tiny, sums, out, method=method, trainer={"max_steps": 12, "learning_rate": rate}))
+    section = {"max_steps": 12, "learning_rate": rate}
+    result = train(settings(tiny, sums, out, method=method, report=True, report_examples=1, trainer=section))
     assert result.steps == 12
     assert not result.interrupted
     assert result.eval_loss < result.eval_loss_before - 0.01
     assert result.tokens > 0
     assert result.tokens_per_second > 0
     assert result.peak_memory_gb > 0
+
+    assert method in (out / "report.html").read_text()
+    (sample,) = read_samples(out)
+    assert sample.question.endswith("=")
+    assert sample.after != sample.before
 
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -254,6 +261,57 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_one_before_it_used(
     same_as(straight, out)
 
 
+def test_a_run_killed_after_its_last_step_only_has_to_be_saved(tiny, sums, tmp_path, straight, monkeypatch):
+    """Named regression: a Trainer that resumes at its last step, in the middle of an epoch, takes one step more."""
+
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    out = tmp_path / "out"
+    config = settings(tiny, sums, out, lora_dropout=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pyfinetune.train.run.save_final", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
+    result = train(config)
+    assert (result.steps, result.resumed_from) == (6, str(out / "checkpoint-6"))
+    assert result.tokens > 0
+    same_as(straight, out)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(tiny, sums, tmp_path, straight, monkeypatch):
+    out = tmp_path / "out"
+    config = settings(tiny, sums, out, lora_dropout=0.1)
+    seal = loop.checkpoints.seal
+
+    def full(folder, step):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        seal(folder, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.checkpoints, "seal", full)
+        with pytest.raises(PyfinetuneError, match="checkpoint-4 could not be written: No space left on device"):
+            train(config)
+    assert [step for step, _ in list_checkpoints(out)] == [2]
+    assert train(config).resumed_from == str(out / "checkpoint-2")
+    same_as(straight, out)
+
+
+def test_records_between_two_saves_are_carried_over(tiny, sums, tmp_path, monkeypatch):
+    """A loss that is the mean over steps before and after a stop is the same as without the stop."""
+    section = {"logging_steps": 4, "logging_first_step": False}
+    train(settings(tiny, sums, tmp_path / "straight", trainer=section))
+    config = settings(tiny, sums, tmp_path / "out", trainer=section)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        train(config)
+    train(config)
+    straight, out = ([r for r in records(tmp_path / name) if "loss" in r] for name in ("straight", "out"))
+    assert [r["step"] for r in straight] == [4]
+    assert [r["loss"] for r in out] == [r["loss"] for r in straight]
+
+
 def test_without_a_whole_checkpoint_the_run_starts_anew(tiny, sums, tmp_path, straight, monkeypatch):
     out = tmp_path / "out"
     config = settings(tiny, sums, out, lora_dropout=0.1)
@@ -334,20 +392,36 @@ def test_two_processes_take_the_steps_of_one(tiny, sums, tmp_path):
     alone = train(settings(tiny, sums, tmp_path / "alone"))
     both = settings(tiny, sums, tmp_path / "both", trainer={"per_device_train_batch_size": 2})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config_digest(both)))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pyfinetune.cli", "train"]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "run.yaml"), "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    together = json.loads(done.stdout)  # one process speaks
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pyfinetune.cli", "train"]
+
+    def in_two_processes() -> dict:
+        done = subprocess.run(
+            [sys.executable, *launcher, str(tmp_path / "run.yaml"), "--json"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)  # one process speaks
+
+    together = in_two_processes()
     assert together["steps"] == alone.steps
     assert together["eval_loss_before"] == pytest.approx(alone.eval_loss_before, rel=1e-6)
     assert together["eval_loss"] == pytest.approx(alone.eval_loss, rel=1e-5)
+    newest, skipped = newest_complete(tmp_path / "both")
+    assert (newest.name, skipped) == ("checkpoint-6", [])
+    sealed = json.loads((newest / CHECKSUMS).read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
+
+    # Its last part again, from the checkpoint that both processes wrote.
+    shutil.rmtree(newest)
+    record = json.loads((tmp_path / "both" / "run.json").read_text())
+    (tmp_path / "both" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    resumed = in_two_processes()
+    assert resumed["resumed_from"].endswith("checkpoint-4")
+    assert resumed["eval_loss"] == together["eval_loss"]
 
 
 def test_validation_file_and_raw_text(tiny, tmp_path):

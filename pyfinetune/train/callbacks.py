@@ -58,12 +58,12 @@ class RunMetrics(TrainerCallback):
         self.peak_memory_gb = 0.0
         self._seconds = 0.0
         self._clock = self._step_end = time.perf_counter()
-        self._tokens = 0
+        self._tokens = self._tokens_before = 0
 
     @property
     def session_rate(self) -> float:
         """Tokens per second over all records of this session; 0.0 before the first."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+        return (self._tokens - self._tokens_before) / self._seconds if self._seconds else 0.0
 
     def keep_until(self, step: int) -> None:
         """Drop the records after a step's checkpoint, which a resumed run makes again."""
@@ -87,6 +87,7 @@ class RunMetrics(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
         self._start_clock()
+        self._tokens_before = self._tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_end = time.perf_counter()

@@ -9,6 +9,7 @@ of it, the page holds no script, and its policy would let none run.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def write_report(output_dir: str | Path) -> Path:
         samples_note=_samples_note(record),
     )
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(page, encoding="utf-8")
+    os.replace(fresh, path)
     return path
 
 

@@ -137,26 +137,30 @@ class RunTrainer(Trainer):
         """
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.tokens_seen = _saved_attributes(self.state.stateful_callbacks, "SumsSoFar").get("tokens", 0)
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
             self._load_best_model()
 
 
-class LossSoFar(TrainerCallback, ExportableState):
-    """Carries what was summed up since the last record over into a resumed run, whose next record is then the same."""
+class SumsSoFar(TrainerCallback, ExportableState):
+    """Carries the sums since the last record, and the tokens, over into a resumed run: its next record is the same."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: RunTrainer):
         self.trainer = trainer
 
     def state(self) -> dict[str, Any]:
-        if not hasattr(self.trainer, "_tr_loss"):
-            return {"args": {}, "attributes": {}}
-        sums = {"loss": float(self.trainer._tr_loss), "last_logged": self.trainer._globalstep_last_logged}
+        sums: dict[str, Any] = {"tokens": self.trainer.tokens_seen}
+        if hasattr(self.trainer, "_tr_loss"):
+            sums |= {"loss": float(self.trainer._tr_loss), "last_logged": self.trainer._globalstep_last_logged}
         return {"args": {}, "attributes": sums}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sums = _saved_attributes(state.stateful_callbacks, "LossSoFar")
-        if state.global_step > 0 and sums and hasattr(self.trainer, "_tr_loss"):
+        if state.global_step == 0:
+            return
+        sums = _saved_attributes(state.stateful_callbacks, "SumsSoFar")
+        self.trainer.tokens_seen = sums.get("tokens", 0)
+        if "loss" in sums and hasattr(self.trainer, "_tr_loss"):
             self.trainer._tr_loss += sums["loss"]
             self.trainer._globalstep_last_logged = sums["last_logged"]
             self.trainer._total_loss_scalar -= sums["loss"]  # the mean of this session leaves it out
@@ -335,7 +339,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LossSoFar(trainer))
+    trainer.callback_handler.callbacks.insert(0, SumsSoFar(trainer))  # the others read what it restores
     return trainer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pyfinetune.train import answers, html_report
@@ -49,3 +50,16 @@ def finish_report(config: RunConfig, model: Any, tokenizer: Any, say: Callable[[
     if not html_report.can_draw():
         say("warning: report.html has no curves without matplotlib: pip install matplotlib")
     say(f"report: {html_report.write_report(config.output_dir)}")
+
+
+def complete_report(config: RunConfig) -> None:
+    """Write the report of a run that was stopped while it wrote it.
+
+    Args:
+        config: the configuration of a run that is complete.
+
+    Example:
+        >>> complete_report(config)  # doctest: +SKIP
+    """
+    if config.report and not (Path(config.output_dir) / "report.html").is_file():
+        html_report.write_report(config.output_dir)

@@ -44,7 +44,7 @@ class TrainResult:
         eval_loss: held-out loss of the saved weights.
         perplexity_before: exp of `eval_loss_before`.
         perplexity: exp of `eval_loss`.
-        tokens: tokens trained on in this session, without padding.
+        tokens: tokens trained on in all, without padding.
         tokens_per_second: over this session's training, without evaluations and checkpoints.
         peak_memory_gb: GiB.
         seconds: of this session's training, all told.
@@ -180,6 +180,7 @@ def train(
     earlier = manifest.read_manifest(out / "run.json")
     if _already_complete(earlier, config, data):
         _say(console, f"{out} holds this very run, complete: nothing to do (change output_dir to run it again)")
+        results.complete_report(config)
         return TrainResult(**earlier["result"])
     start = find_start(config, data.sha256, lambda message: _say(console, message))
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data.format)

@@ -28,7 +28,7 @@ def _tiles(kind: str, block_r: int, itemsize: int, busy: bool) -> list[tuple[int
         return [(64, 64, 4, 3)] if block_r <= 32 else [(32, 64, 4, 3 if block_r <= 64 else 2)]
     if kind == "down":
         wide = [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (64, 32, 4, 2)]
-        return [*wide, (32, 128, 4, 3), (16, 128, 4, 4)] if block_r <= 64 else wide
+        return [*wide, (32, 128, 4, 3), (16, 128, 4, 3)] if block_r <= 64 else wide
     if kind == "outer":
         return [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (32, 64, 4, 2)]
     if kind == "both":

@@ -196,7 +196,7 @@ def _candidates(way: str, capability: int, itemsize: int, cols: int, numel: int)
     for elements, warps in _TILES[way]:
         block_n = min(cols, elements)
         work = Work(triton.cdiv(numel, elements), (tensors + results) * itemsize * numel, tensors * itemsize * elements)
-        registers = (tensors + results) * elements // (32 * warps) + 32
+        registers = (tensors + results) * elements // (64 * warps) + 32
         blocks = {"BLOCK_M": elements // block_n, "BLOCK_N": block_n}
         found.append(Config(blocks, warps, 1, registers=registers, work=work))
     return found

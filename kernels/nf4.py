@@ -42,7 +42,7 @@ def _candidates(tensors: float, capability: int, itemsize: int, block_size: int,
 
 
 _FIELDS = ("itemsize", "block_size", "numel")
-DECODE = Family("nf4_decode", _FIELDS, functools.partial(_candidates, 2))
+DECODE = Family("nf4_decode", _FIELDS, functools.partial(_candidates, 1.2))
 ENCODE = Family("nf4_encode", _FIELDS, functools.partial(_candidates, 3))
 
 

@@ -16,7 +16,7 @@ _ROWS = 8192  # that a choice is made for: a row's bits must not depend on how m
 
 def sums_dweight(cols: int) -> bool:
     """Whether rows are narrow enough for sums of dweight beside them."""
-    return triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT
+    return cols <= _WIDEST_WITH_DWEIGHT
 
 
 def row_tiles(rows: int, block_m: int, at_least: int, at_most: int) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def row_tiles(rows: int, block_m: int, at_least: int, at_most: int) -> tuple[int
     return triton.cdiv(tiles, each), each
 
 
-def _tiles(cols: int, widest: int) -> list[tuple[int, int, int]]:
+def _tiles(cols: int, widest: int, each: tuple[int, ...] = _ELEMENTS) -> list[tuple[int, int, int]]:
     """(rows, columns, warps) of row tiles, best first.
 
     What moves memory fastest is many loads in flight, which is whole rows in registers. With 16 elements of each tensor
@@ -35,7 +35,7 @@ def _tiles(cols: int, widest: int) -> list[tuple[int, int, int]]:
     four warps have that much to do.
     """
     found = []
-    for elements in _ELEMENTS:
+    for elements in each:
         block_n = triton.next_power_of_2(cols)
         if block_n > widest:
             block_n = _WIDE_BLOCK
@@ -56,8 +56,10 @@ def _config(block_m: int, block_n: int, warps: int, tensors: float, work: Work, 
 
 def _fwd_candidates(capability: int, itemsize: int, cols: int, residual: int) -> list[Config]:
     moved = itemsize * _ROWS * cols * (4 if residual else 2)
+    # Compiled for sm_120, 32 elements of x and of a residual spill.
+    each = _ELEMENTS[:2] if residual and capability >= 120 else _ELEMENTS
     found = []
-    for m, n, warps in _tiles(cols, _WIDEST):
+    for m, n, warps in _tiles(cols, _WIDEST, each):
         under_way = itemsize * m * n * (2 if residual else 1)
         work = Work(triton.cdiv(_ROWS, m), moved, under_way, steps=0 if n >= cols else 2 * (cols // n))
         found.append(_config(m, n, warps, 1.5, work))

@@ -207,6 +207,7 @@ FWD = Family("glu_fwd", _FIELDS, functools.partial(_candidates, "forward"))
 BWD = Family("glu_bwd", _FIELDS, functools.partial(_candidates, "backward"))
 
 
+@functools.lru_cache(1024)  # each call asks
 def _class(itemsize: int, cols: int, numel: int) -> tuple[int, int, int]:
     # Elements are independent, so that bits depend on neither.
     return itemsize, size_class(cols, 1, 4096), size_class(numel, 1 << 16, 1 << 28)

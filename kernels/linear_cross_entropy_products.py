@@ -9,6 +9,7 @@ Which of the two is `own_products`' choice. Reference: pyfinetune/ops/linear_cro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -147,6 +148,7 @@ def _config(m: int, n: int, k: int, block_m: int, block_n: int, block_k: int, wa
 FAMILY = Family("linear_cross_entropy_matmul", ("m", "n", "k"), _candidates)
 
 
+@functools.lru_cache(1024)  # each call asks
 def _class(m: int, n: int, k: int) -> tuple[int, int, int]:
     return size_class(m, 16, 1 << 14), size_class(n, 64, 1 << 18), size_class(k, 64, 1 << 18)
 

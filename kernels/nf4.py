@@ -46,6 +46,7 @@ DECODE = Family("nf4_decode", _FIELDS, functools.partial(_candidates, 1.2))
 ENCODE = Family("nf4_encode", _FIELDS, functools.partial(_candidates, 3))
 
 
+@functools.lru_cache(1024)  # each call asks
 def _class(itemsize: int, block_size: int, numel: int) -> tuple[int, int, int]:
     # Blocks are independent: no bit depends on the choice.
     return itemsize, block_size, size_class(numel, 1 << 16, 1 << 28)

@@ -48,7 +48,7 @@ def _tiles(cols: int, widest: int, each: tuple[int, ...] = _ELEMENTS) -> list[tu
 
 def _config(block_m: int, block_n: int, warps: int, tensors: float, work: Work, dweight: bool = False) -> Config:
     """`tensors`: of a tile's size that are in registers at a time; the shared memory is what sums across warps take."""
-    shared = 8 * block_m * warps + 512 + (4 * block_n if dweight else 0)
+    shared = 8 * block_m * warps + 512 + (4 * block_n * min(block_m, warps) if dweight else 0)
     registers = int(tensors * block_m * block_n / (32 * warps)) + 32
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
     return Config(blocks, warps, 1, shared, registers, work)

@@ -39,7 +39,7 @@ OP_TESTS = $(sort $(foreach op,$(OPS),$(wildcard tests/test_$(op)*.py)) tests/te
 # The ops that have Triton kernels, and their tests.
 TRITON_OPS = $(filter $(OPS),$(patsubst kernels/%.py,%,$(wildcard kernels/*.py)))
 TRITON_TESTS = $(sort $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py tests/test_kernels_$(op)*.py)) \
-  $(wildcard tests/test_row_kernels_triton.py))
+  $(wildcard tests/test_row_kernels_triton.py tests/test_kernels_candidates.py))
 
 # The binaries of the venv come first, so that cmake and ninja from pip are found by the build.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

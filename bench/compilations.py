@@ -18,15 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyfinetune.kernels.gpus import GPUS
-
 if TYPE_CHECKING:
     from pyfinetune.kernels.config import Compilation
 
 _RESOURCES = re.compile(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)")
 _TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
-CAPABILITIES = tuple(GPUS)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # of kernels/gpus.py
 
 
 @dataclass
@@ -104,6 +102,8 @@ def occupancy(capability: int, registers: int, shared: int, warps: int) -> float
         shared: bytes of a block.
         warps: of a block.
     """
+    from pyfinetune.kernels.gpus import GPUS
+
     has = GPUS[capability]
     return has.resident(warps, shared, registers) * warps / has.warps
 

@@ -28,7 +28,7 @@ def _tiles(kind: str, block_r: int, itemsize: int, busy: bool) -> list[tuple[int
         return [(64, 64, 4, 3)] if block_r <= 32 else [(32, 64, 4, 3 if block_r <= 64 else 2)]
     if kind == "down":
         wide = [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (64, 32, 4, 2)]
-        return [*wide, (32, 128, 4, 3), (16, 128, 4, 4)] if block_r <= 64 else wide
+        return [*wide, (32, 128, 4, 3), (16, 128, 4, 3)] if block_r <= 64 else wide
     if kind == "outer":
         return [(64, 128, 4, 3), (64, 64, 4, 3)] if block_r <= 32 else [(64, 64, 4, 3), (32, 64, 4, 2)]
     if kind == "both":
@@ -79,10 +79,10 @@ _FIELDS = ("itemsize", "block_r", "busy", "rows", "width")
 FAMILIES = {kind: Family(f"lora_linear_{kind}", _FIELDS, functools.partial(_candidates, kind)) for kind in _KINDS}
 
 
+@functools.lru_cache(1024)  # each call asks
 def class_of(kind: str, rank: int, itemsize: int, busy: bool, rows: int, width: int) -> tuple[int, ...]:
     """The class of shapes of a kernel, as its family's fields name it; a large rank is taken in chunks."""
-    block_r = min(32 if itemsize == 4 else 128, max(16, triton.next_power_of_2(rank)))
-    block_r = min(block_r, 64) if kind in ("up", "dora") else block_r
+    block_r = size_class(rank, 16, 32 if itemsize == 4 else 64 if kind in ("up", "dora") else 128)
     return itemsize, block_r, int(busy), size_class(rows, 16, 1 << 15), size_class(width, 64, 1 << 15)
 
 

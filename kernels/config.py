@@ -109,8 +109,8 @@ def shared_limit(capability: int) -> int:
 
 
 def size_class(count: int, least: int, most: int) -> int:
-    """The power of two that stands for a count in a class of shapes, within bounds."""
-    return min(most, max(least, 1 << max(count - 1, 0).bit_length()))
+    """The power of two that stands for a count in a class of shapes, within bounds that are such themselves."""
+    return least if count <= least else most if count >= most else 1 << (count - 1).bit_length()
 
 
 def why_not(config: Config, capability: int) -> str | None:

@@ -196,7 +196,7 @@ def _candidates(way: str, capability: int, itemsize: int, cols: int, numel: int)
     for elements, warps in _TILES[way]:
         block_n = min(cols, elements)
         work = Work(triton.cdiv(numel, elements), (tensors + results) * itemsize * numel, tensors * itemsize * elements)
-        registers = (tensors + results) * elements // (32 * warps) + 32
+        registers = (tensors + results) * elements // (64 * warps) + 32
         blocks = {"BLOCK_M": elements // block_n, "BLOCK_N": block_n}
         found.append(Config(blocks, warps, 1, registers=registers, work=work))
     return found
@@ -207,6 +207,7 @@ FWD = Family("glu_fwd", _FIELDS, functools.partial(_candidates, "forward"))
 BWD = Family("glu_bwd", _FIELDS, functools.partial(_candidates, "backward"))
 
 
+@functools.lru_cache(1024)  # each call asks
 def _class(itemsize: int, cols: int, numel: int) -> tuple[int, int, int]:
     # Elements are independent, so that bits depend on neither.
     return itemsize, size_class(cols, 1, 4096), size_class(numel, 1 << 16, 1 << 28)

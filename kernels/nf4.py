@@ -42,10 +42,11 @@ def _candidates(tensors: float, capability: int, itemsize: int, block_size: int,
 
 
 _FIELDS = ("itemsize", "block_size", "numel")
-DECODE = Family("nf4_decode", _FIELDS, functools.partial(_candidates, 2))
+DECODE = Family("nf4_decode", _FIELDS, functools.partial(_candidates, 1.2))
 ENCODE = Family("nf4_encode", _FIELDS, functools.partial(_candidates, 3))
 
 
+@functools.lru_cache(1024)  # each call asks
 def _class(itemsize: int, block_size: int, numel: int) -> tuple[int, int, int]:
     # Blocks are independent: no bit depends on the choice.
     return itemsize, block_size, size_class(numel, 1 << 16, 1 << 28)

@@ -20,15 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfinetune.kernels.config import Compilation, Config, Family, Work, capability_of
-from pyfinetune.kernels.gpus import gpu_of
+from pyfinetune.kernels._rms_norm_tiles import BWD, DWEIGHT, FWD, SUM, row_tiles, sums_dweight
+from pyfinetune.kernels.config import Compilation, Config, capability_of
 from pyfinetune.kernels.rows import Rows, row_offset, rows_of, signature
-
-_ELEMENTS = (16, 8, 32)  # of a row tile that a thread holds: 16 are two or four loads of 16 bytes for each tensor
-_WIDEST = 16384  # the most features of a row that is held in registers: 32 to a thread
-_WIDEST_WITH_DWEIGHT = 8192  # with sums of dweight beside them: 16 to a thread
-_WIDE_BLOCK = 4096  # tiles of wider rows
-_ROWS = 8192  # that a choice is made for: a row's bits must not depend on how many others there are
 
 
 @triton.jit
@@ -260,79 +254,10 @@ def _rms_norm_bwd_sum_kernel(
     tl.store(dweight_ptr + col, tl.sum(sums, axis=0).to(dweight_ptr.dtype.element_ty), mask=col < COLS)
 
 
-def _tiles(cols: int, widest: int) -> list[tuple[int, int, int]]:
-    """(rows, columns, warps) of row tiles, best first.
-
-    What moves memory fastest is many loads in flight, which is whole rows in registers. With 16 elements of each tensor
-    to a thread (32 of the widest rows) four to eight programs share a multiprocessor, and narrow rows are joined until
-    four warps have that much to do.
-    """
-    found = []
-    for elements in _ELEMENTS:
-        block_n = triton.next_power_of_2(cols)
-        if block_n > widest:
-            block_n = _WIDE_BLOCK
-        block_m = max(1, 4 * 32 * elements // block_n)
-        warps = min(max(block_m * block_n // (32 * elements), 4), 16)
-        if block_m * block_n <= 32 * 32 * warps:  # no more than 32 to a thread
-            found.append((block_m, block_n, warps))
-    return list(dict.fromkeys(found))
-
-
-def _config(block_m: int, block_n: int, warps: int, tensors: float, work: Work, dweight: bool = False) -> Config:
-    """`tensors`: of a tile's size that are in registers at a time; the shared memory is what sums across warps take."""
-    shared = 8 * block_m * warps + (4 * block_n if dweight else 0)
-    registers = int(tensors * block_m * block_n / (32 * warps)) + 32
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-    return Config(blocks, warps, 1, shared, registers, work)
-
-
-def _fwd_candidates(capability: int, itemsize: int, cols: int, residual: int) -> list[Config]:
-    moved = itemsize * _ROWS * cols * (4 if residual else 2)
-    found = []
-    for m, n, warps in _tiles(cols, _WIDEST):
-        under_way = itemsize * m * n * (2 if residual else 1)
-        work = Work(triton.cdiv(_ROWS, m), moved, under_way, steps=0 if n >= cols else 2 * (cols // n))
-        found.append(_config(m, n, warps, 2, work))
-    return found
-
-
-def _bwd_candidates(capability: int, itemsize: int, cols: int, more: int, dweight: int) -> list[Config]:
-    """`more`: a gradient to add; `dweight`: sums of dweight beside dx, in programs of many rows."""
-    moved = itemsize * _ROWS * cols * (4 if more else 3)
-    found = []
-    for m, n, warps in _tiles(cols, _WIDEST_WITH_DWEIGHT if dweight else _WIDEST):
-        programs, tiles = triton.cdiv(_ROWS, m), 1
-        if dweight:
-            most = gpu_of(capability).multiprocessors
-            programs, tiles = _row_tiles(_ROWS, m, most, 4 * most)
-        steps = tiles - 1 if n >= cols else 2 * (cols // n)
-        work = Work(programs, moved, itemsize * m * n * (3 if more else 2), steps=steps)
-        found.append(_config(m, n, warps, 4 if dweight else 2.5, work, bool(dweight)))
-    return found
-
-
-FWD = Family("rms_norm_fwd", ("itemsize", "cols", "residual"), _fwd_candidates)
-BWD = Family("rms_norm_bwd", ("itemsize", "cols", "more", "dweight"), _bwd_candidates)
-# Columns of dweight, 128 bytes of them and more to a row, and sums of partials, which are few.
-DWEIGHT = Family(
-    "rms_norm_bwd_dweight", (), lambda capability: [Config({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 1, 8 * 4 * 128)]
-)
-SUM = Family("rms_norm_bwd_sum", (), lambda capability: [Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1, 4 * 4 * 32)])
-
-
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     # The interpreter's 4 make few rows take every path.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _row_tiles(rows: int, block_m: int, at_least: int, at_most: int) -> tuple[int, int]:
-    """(programs, tiles of block_m rows for each): about 16 rows a program where that keeps `at_least` programs."""
-    tiles = triton.cdiv(rows, block_m)
-    programs = min(tiles, max(at_least, min(at_most, triton.cdiv(rows, 16))))
-    each = triton.cdiv(tiles, programs)
-    return triton.cdiv(tiles, each), each
 
 
 def rms_norm(
@@ -414,7 +339,7 @@ def rms_norm_bwd(
         if dweight is not None:
             dweight.zero_()
         return
-    together = dx is not None and dweight is not None and triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT
+    together = dx is not None and dweight is not None and sums_dweight(cols)
     partial = None
 
     def launch(config: Config) -> None:
@@ -422,7 +347,7 @@ def rms_norm_bwd(
         programs, tiles = triton.cdiv(rows.count, config.blocks["BLOCK_M"]), 1
         if together:
             most = _multiprocessors(x.device)
-            programs, tiles = _row_tiles(rows.count, config.blocks["BLOCK_M"], most, 4 * most)
+            programs, tiles = row_tiles(rows.count, config.blocks["BLOCK_M"], most, 4 * most)
             partial = x.new_empty((programs, cols), dtype=torch.float32)
         _rms_norm_bwd_kernel[(programs,)](
             dx,
@@ -464,7 +389,7 @@ def _dweight_alone(rows: Rows, rstd: torch.Tensor) -> torch.Tensor:
     config = DWEIGHT.choose(capability_of(x))
     columns = triton.cdiv(cols, config.blocks["BLOCK_N"])
     most = triton.cdiv(8 * _multiprocessors(x.device), columns)
-    programs, tiles = _row_tiles(rows.count, config.blocks["BLOCK_M"], 1, most)
+    programs, tiles = row_tiles(rows.count, config.blocks["BLOCK_M"], 1, most)
     partial = x.new_empty((programs, cols), dtype=torch.float32)
     _rms_norm_bwd_dweight_kernel[(columns, programs)](
         partial,
@@ -486,7 +411,7 @@ def _dweight_alone(rows: Rows, rstd: torch.Tensor) -> torch.Tensor:
 def describe(capability: int, x: torch.Tensor, residual: torch.Tensor | None) -> list[str]:
     """How both directions would be launched, for `pf.explain`."""
     cols, more = x.shape[-1], int(residual is not None)
-    together = int(triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT)
+    together = int(sums_dweight(cols))
     return [
         FWD.describe(capability, x.element_size(), cols, more),
         BWD.describe(capability, x.element_size(), cols, more, together),
@@ -511,7 +436,7 @@ def compilations(capability: int) -> Iterator[Compilation]:
             label = " with residual" if extra else ""
             constants = {**shape, "HAS_RESIDUAL": extra}
             yield from of(FWD, _rms_norm_fwd_kernel, f"forward{label}", (itemsize, cols, int(extra)), constants)
-            for dweight in (False, True) if triton.next_power_of_2(cols) <= _WIDEST_WITH_DWEIGHT else (False,):
+            for dweight in (False, True) if sums_dweight(cols) else (False,):
                 constants = {**shape, "HAS_SUM": extra, "NEED_DWEIGHT": dweight}
                 name = f"backward{label}{' with dweight' if dweight else ''}"
                 of_class = (itemsize, cols, int(extra), int(dweight))

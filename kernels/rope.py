@@ -196,7 +196,7 @@ def _candidates(capability: int, itemsize: int, table_itemsize: int, half: int) 
         asked = moved + 2 * half * tokens * 2 * table_itemsize * (triton.cdiv(heads, _HEADS) - 1)
         work = Work(programs, moved, 2 * 2 * each * itemsize, asked, steps=_HEADS // 2)
         blocks = {"BLOCK_H": 2, "BLOCK_T": block_t, "BLOCK_R": block_r, "BLOCK_P": 64}
-        registers = 10 * each // (32 * warps) + 40
+        registers = 7 * each // (32 * warps) + 32
         found.append(Config(blocks, warps, 1, 4 * 4 * each, registers, work))
     return found
 

@@ -98,19 +98,6 @@ def _config(kernel, capability, block_m, block_n, warps, stages, dim, dim_v, ite
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BRANCH": branch}, warps, stages, shared)
 
 
-def padded(dim: int) -> int:
-    """The power of two that holds a head's elements; a product's sides have at least 16."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _config_for(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> Config:
-    return _chosen(kernel, capability_of(q), q.element_size(), constants)
-
-
-def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, Any]) -> Config:
-    return _FAMILIES[kernel].choose(capability, *_class(itemsize, constants))
-
-
 def _class(itemsize: int, constants: dict[str, Any]) -> tuple[int, ...]:
     dims = constants["PADDED"], constants["PADDED_V"]
     crowded = constants["HAS_LEFT"] or constants["HAS_CAP"] or dims != (constants["DIM"], constants["DIM_V"])
@@ -125,6 +112,19 @@ _FIELDS = ("itemsize", "dim", "dim_v", "crowded")
 _FAMILIES = {
     kernel: Family(f"varlen_attn_{kernel}", _FIELDS, functools.partial(_candidates, kernel)) for kernel in _MMA
 }
+
+
+def padded(dim: int) -> int:
+    """The power of two that holds a head's elements; a product's sides have at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _config_for(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> Config:
+    return _chosen(kernel, capability_of(q), q.element_size(), constants)
+
+
+def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, Any]) -> Config:
+    return _FAMILIES[kernel].choose(capability, *_class(itemsize, constants))
 
 
 def _slots(rows: int, documents: int, block: int) -> int:

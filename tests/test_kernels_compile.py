@@ -12,6 +12,7 @@ from backends import INTERPRETED
 from pyfinetune.bench import compilations, compile_report
 from pyfinetune.bench.compilations import CAPABILITIES, kernel_modules, kernels_never_compiled, occupancy
 from pyfinetune.kernels.config import SHARED_BYTES, Compilation, Config
+from pyfinetune.kernels.gpus import GPUS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -71,6 +72,10 @@ def test_a_sample_compiles_and_fits(samples, kernels_of):
 @pytest.mark.parametrize("capability", TESTED)
 def test_every_kernel_compiles_and_fits(compiled, kernels_of, capability):
     check(compiled[kernels_of, capability])
+
+
+def test_every_gpu_that_is_known_is_compiled_for():
+    assert tuple(GPUS) == CAPABILITIES
 
 
 def test_every_kernel_is_among_what_is_compiled():

@@ -343,6 +343,27 @@ class TestExplain:
         assert f"    {triton.launches[0]}" in str(explanation).splitlines()
         assert explanation.backend == pf.explain("dequantize_4bit", self.args()).backend
 
+    def test_the_users_file_is_told_and_a_mistake_in_it_too(self, monkeypatch, tmp_path):
+        monkeypatch.undo()
+        from pyfinetune.kernels.nf4 import DECODE
+
+        path, shape = tmp_path / "own.json", {"itemsize": 4, "block_size": 64, "numel": 65536}
+        other = DECODE.fitting(86, *shape.values())[-1]
+        monkeypatch.setenv("PYFINETUNE_AUTOTUNE_FILE", str(path))
+        monkeypatch.setattr(kernel_config, "_tables", kernel_config._tables.__wrapped__)
+        for text, source in (
+            (json.dumps({"entries": [entry(other, kernel="nf4_decode", capability=86, shape=shape)]}), "own.json"),
+            ('{"entries": [{}]}', None),
+        ):
+            path.write_text(text, encoding="utf-8")
+            monkeypatch.setattr(DECODE, "_known", {})
+            if source is None:
+                with pytest.raises(ValueError, match=r"own\.json: entry 1 \(None\): needs 'kernel', a text"):
+                    pf.explain("dequantize_4bit", self.args(), capability=86)
+            else:
+                told = str(pf.explain("dequantize_4bit", self.args(), capability=86))
+                assert f"nf4_decode: {other}, measured before, {source} [" in told
+
     def test_each_op_has_something_to_say(self, monkeypatch):
         monkeypatch.undo()
         packed, x = pf.ops.quantize_4bit(torch.randn(128, 64)), torch.randn(10, 64)

@@ -32,8 +32,6 @@ _WIDEST = (1 << 30) - 1  # a wider window is none: documents have fewer rows, an
 _SLOTS = 128  # of the list of tiles, to a program
 _MOST_LISTERS = 8  # programs; each walks along all documents
 _DOCUMENTS = 512  # that it takes at once
-# Rows of a shared tile, and of the other side at once: few enough that a program can look at them in registers.
-_SHARED, _SHARED_WIDE = (64, 32), (32, 16)  # up to head_dim 128, and beyond
 _LOG2E = math.log2(math.e)
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) by the wider head_dim, for 16-bit elements. Per product of a tile the
@@ -125,9 +123,11 @@ def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, An
 def _shared_config(kernel: str, config: Config, constants: dict[str, Any]) -> Config:
     """That of the kernel for shared tiles, beside the configuration for a document's own."""
     own, other = ("BLOCK_N", "BLOCK_M") if kernel == "dkv" else ("BLOCK_M", "BLOCK_N")
-    most, step = _SHARED_WIDE if max(constants["PADDED"], constants["PADDED_V"]) > 128 else _SHARED
-    blocks = {"TILE": min(config.blocks[own], most), "STEP": min(config.blocks[other], step)}
-    return Config(blocks, 8 if kernel == "dkv" else 4, 1, config.shared_bytes)  # dk and dv are two sums in registers
+    # Each element that enters a product is looked at in registers, beside the sums, of which dk and dv are two.
+    size = max(constants["PADDED"], constants["PADDED_V"])
+    tile, step = 32 if size > 128 else 64, 32 if size <= 64 and kernel != "dkv" else 16
+    blocks = {"TILE": min(config.blocks[own], tile), "STEP": min(config.blocks[other], step)}
+    return Config(blocks, 8 if kernel == "dkv" else 4, 1, config.shared_bytes)
 
 
 def _shared_constants(constants: dict[str, Any]) -> dict[str, Any]:

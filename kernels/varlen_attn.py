@@ -125,8 +125,9 @@ def _shared_config(kernel: str, config: Config, constants: dict[str, Any]) -> Co
     own, other = ("BLOCK_N", "BLOCK_M") if kernel == "dkv" else ("BLOCK_M", "BLOCK_N")
     # Each element that enters a product is looked at in registers, beside the sums, of which dk and dv are two.
     size = max(constants["PADDED"], constants["PADDED_V"])
-    tile, step = 32 if size > 128 else 64, 32 if size <= 64 and kernel != "dkv" else 16
-    blocks = {"TILE": min(config.blocks[own], tile), "STEP": min(config.blocks[other], step)}
+    tile = min(config.blocks[own], 32 if size > 128 else 64)
+    sums = tile * size * (2 if kernel == "dkv" else 1)
+    blocks = {"TILE": tile, "STEP": min(config.blocks[other], 32 if sums <= 4096 else 16)}
     return Config(blocks, 8 if kernel == "dkv" else 4, 1, config.shared_bytes)
 
 

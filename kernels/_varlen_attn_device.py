@@ -13,6 +13,9 @@ Query i of a document stands at key i + lk - lq; causal is a window that reaches
     queries|    |    | f  | b  |             and walks down the queries of all heads of its group: no sum leaves its
            +----+----+----+----+             program, so there are no atomics and the bits are always the same.
 
+Documents too short to fill half a tile share others, with kernels of their own in _varlen_attn_short_device.py;
+_varlen_attn_tiles.py lists both kinds.
+
 16-bit inputs have log2(e) in the scale and exponentials to base 2; float32 keeps e, for the difference of a score and
 lse is exact where it counts, and that of their products with log2(e) would not be. Rows past the last document are the
 queries of one more document without keys, so that their zeros are written like any other. Reference: FlashAttention-2,
@@ -22,143 +25,8 @@ https://arxiv.org/abs/2307.08691; pyfinetune/ops/_varlen_attn_reference.py.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-TILE_FIELDS = tl.constexpr(8)  # int32 to a tile: 32 bytes, one memory sector
-
-
-@triton.jit
-def _bound(cu_ptr, total, document):
-    """Where a document begins: among the rows that there are, whatever cu_seqlens holds."""
-    return tl.minimum(tl.maximum(tl.load(cu_ptr + document), 0), total)
-
-
-@triton.jit
-def _end(cu_ptr, documents, total, document):
-    next_document = tl.minimum(document + 1, documents)
-    return tl.where(document < documents, _bound(cu_ptr, total, next_document), total)
-
-
-@triton.jit
-def _list_tiles(
-    tiles_ptr,
-    cu_ptr,
-    other_cu_ptr,
-    total,
-    other_total,
-    documents,
-    slots,
-    steps,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    # Document i has slots from begin_i // BLOCK + i on: ceil(length / BLOCK) of them always fit before the next
-    # document's first, so that a tile's place needs no sum over the documents before it.
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    low = tl.zeros([SLOTS], dtype=tl.int32)
-    high = tl.zeros([SLOTS], dtype=tl.int32) + documents
-    for _ in range(steps):
-        middle = (low + high + 1) // 2
-        before = _bound(cu_ptr, total, middle) // BLOCK + middle <= slot
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    begin = _bound(cu_ptr, total, low)
-    length = tl.maximum(_end(cu_ptr, documents, total, low) - begin, 0)
-    first = (slot - low - begin // BLOCK) * BLOCK
-    length = tl.where((first >= 0) & (first < length), length, 0)  # a slot without a tile has length 0
-    other_begin = _bound(other_cu_ptr, other_total, low)
-    other_length = tl.maximum(_end(other_cu_ptr, documents, other_total, low) - other_begin, 0)
-    other_length = tl.where(low < documents, other_length, 0)  # rows past the last document see nothing
-    fields_ptr = tiles_ptr + slot.to(tl.int64) * TILE_FIELDS
-    inside = slot < slots
-    tl.store(fields_ptr, begin, mask=inside)
-    tl.store(fields_ptr + 1, length, mask=inside)
-    tl.store(fields_ptr + 2, first, mask=inside)
-    tl.store(fields_ptr + 3, other_begin, mask=inside)
-    tl.store(fields_ptr + 4, other_length, mask=inside)
-
-
-@triton.jit(do_not_specialize=["total_q", "total_k", "documents", "slots_q", "slots_k", "steps"])
-def _varlen_attn_tiles_kernel(
-    tiles_q_ptr,
-    tiles_k_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    total_q,
-    total_k,
-    documents,
-    slots_q,
-    slots_k,
-    steps,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    if tl.program_id(1) == 0:
-        _list_tiles(
-            tiles_q_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, total_q, total_k, documents, slots_q, steps, BLOCK_Q, SLOTS
-        )
-    else:
-        _list_tiles(
-            tiles_k_ptr, cu_seqlens_k_ptr, cu_seqlens_q_ptr, total_k, total_q, documents, slots_k, steps, BLOCK_K, SLOTS
-        )
-
-
-@triton.jit
-def _tile(tiles_ptr, slot):
-    """(first row of the document, its rows, the tile's first row in it, the same two for the document's other side)."""
-    fields_ptr = tiles_ptr + slot.to(tl.int64) * TILE_FIELDS
-    begin, length, first = tl.load(fields_ptr), tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
-    other_begin, other_length = tl.load(fields_ptr + 3), tl.load(fields_ptr + 4)
-    return begin.to(tl.int64), length, first, other_begin.to(tl.int64), other_length
-
-
-@triton.jit
-def _load_rows(x_ptr, rows, row_stride, limit, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """[rows, PADDED]; zeros from row `limit` and from column DIM on."""
-    columns = tl.arange(0, PADDED)
-    inside = rows[:, None] < limit
-    if DIM != PADDED:
-        inside = inside & (columns[None, :] < DIM)
-    return tl.load(x_ptr + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_rows(x_ptr, values, rows, row_stride, limit, DIM: tl.constexpr, PADDED: tl.constexpr):
-    columns = tl.arange(0, PADDED)
-    inside = rows[:, None] < limit
-    if DIM != PADDED:
-        inside = inside & (columns[None, :] < DIM)
-    x_ptr += rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    tl.store(x_ptr, values.to(x_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _tanh(x, ACCURATE: tl.constexpr):
-    """(tanh, its slope) by one exponential; ACCURATE to the last bits for either sign, and relatively near 0 and 1."""
-    if ACCURATE:
-        e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-        y = (1.0 - e) / (1.0 + e)
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - y * y would cancel
-        z = x * x
-        series = -5.70498872745e-3 * z + 2.06390887954e-2  # Cephes' tanhf
-        series = series * z - 5.37397155531e-2
-        series = series * z + 1.33314422036e-1
-        series = series * z - 3.33332819422e-1
-        y = tl.where(z < 0.390625, series * z * x + x, tl.where(x < 0, -y, y))
-    else:
-        y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
-        slope = 1.0 - y * y
-    return y, slope
-
-
-@triton.jit
-def _exp(x, ACCURATE: tl.constexpr):
-    """Of scores in the kernel's own unit: natural, or times log2(e)."""
-    if ACCURATE:
-        return tl.exp2(x * LOG2E)
-    else:
-        return tl.exp2(x)
+from pyfinetune.kernels._varlen_attn_parts import LN2, LOG2E, _exp, _load_rows, _row_products, _store_rows, _tanh
+from pyfinetune.kernels._varlen_attn_tiles import _tile
 
 
 @triton.jit
@@ -240,7 +108,7 @@ def _varlen_attn_fwd_kernel(
     ACCURATE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     place = rows + (lk - lq)
-    q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, lq, DIM, PADDED)
+    q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, rows < lq, DIM, PADDED)
     k_ptr += k_begin * k_row_stride + (head // GROUP) * k_head_stride
     v_ptr += k_begin * v_row_stride + (head // GROUP) * v_head_stride
     last = tl.minimum(first + BLOCK_M, lq) - 1
@@ -252,7 +120,7 @@ def _varlen_attn_fwd_kernel(
     acc = tl.zeros([BLOCK_M, PADDED_V], dtype=tl.float32)
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        k = _load_rows(k_ptr, keys, k_row_stride, lk, DIM, PADDED)
+        k = _load_rows(k_ptr, keys, k_row_stride, keys < lk, DIM, PADDED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
             s, _ = _tanh(s, ACCURATE)
@@ -266,7 +134,7 @@ def _varlen_attn_fwd_kernel(
         p = _exp(s - base[:, None], ACCURATE)
         shrink = _exp(top - base, ACCURATE)
         total = total * shrink + tl.sum(p, 1)
-        v = _load_rows(v_ptr, keys, v_row_stride, lk, DIM_V, PADDED_V)
+        v = _load_rows(v_ptr, keys, v_row_stride, keys < lk, DIM_V, PADDED_V)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     # From the geometry, not from the sums: a row of NaNs must stay one.
@@ -286,7 +154,7 @@ def _varlen_attn_fwd_kernel(
     out = tl.where(sees[:, None], out, 0.0)
     lse = tl.where(sees, lse, float("-inf"))
     out_ptr += q_begin * out_row_stride + head * DIM_V
-    _store_rows(out_ptr, out, rows, out_row_stride, lq, DIM_V, PADDED_V)
+    _store_rows(out_ptr, out, rows, out_row_stride, rows < lq, DIM_V, PADDED_V)
     tl.store(lse_ptr + q_begin + head * total_q + rows, lse, mask=rows < lq)
 
 
@@ -340,18 +208,13 @@ def _varlen_attn_bwd_dq_kernel(
     stat_ptr = lse_ptr + q_begin + head * total_q + rows
     lse = tl.load(stat_ptr, mask=rows < lq, other=float("inf"))
     dout_ptr += q_begin * dout_row_stride + head * dout_head_stride
-    dout = _load_rows(dout_ptr, rows, dout_row_stride, lq, DIM_V, PADDED_V)
+    dout = _load_rows(dout_ptr, rows, dout_row_stride, rows < lq, DIM_V, PADDED_V)
     # delta costs this program one more tile, and the launch that would make it alone two.
     out_ptr += q_begin * out_row_stride + head * DIM_V
-    out = _load_rows(out_ptr, rows, out_row_stride, lq, DIM_V, PADDED_V)
-    if ACCURATE:
-        # By the product that makes dp, whose rounding it takes away again: a row with one key has ds exactly zero.
-        products = tl.dot(dout, tl.trans(out), input_precision="ieee")  # [BLOCK_M, BLOCK_M]
-        delta = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
-    else:
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    out = _load_rows(out_ptr, rows, out_row_stride, rows < lq, DIM_V, PADDED_V)
+    delta = _row_products(dout, out, ACCURATE)
     tl.store(delta_ptr + q_begin + head * total_q + rows, delta, mask=rows < lq)
-    q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, lq, DIM, PADDED)
+    q = _load_rows(q_ptr + q_begin * q_row_stride + head * q_head_stride, rows, q_row_stride, rows < lq, DIM, PADDED)
     k_ptr += k_begin * k_row_stride + (head // GROUP) * k_head_stride
     v_ptr += k_begin * v_row_stride + (head // GROUP) * v_head_stride
     last = tl.minimum(first + BLOCK_M, lq) - 1
@@ -365,8 +228,8 @@ def _varlen_attn_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, PADDED], dtype=tl.float32)
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        k = _load_rows(k_ptr, keys, k_row_stride, lk, DIM, PADDED)
-        v = _load_rows(v_ptr, keys, v_row_stride, lk, DIM_V, PADDED_V)
+        k = _load_rows(k_ptr, keys, k_row_stride, keys < lk, DIM, PADDED)
+        v = _load_rows(v_ptr, keys, v_row_stride, keys < lk, DIM_V, PADDED_V)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
             s, slope = _tanh(s, ACCURATE)
@@ -383,7 +246,7 @@ def _varlen_attn_bwd_dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dq = tl.where(sees[:, None], dq * scale, 0.0)  # also where k is not finite
     dq_ptr += q_begin * dq_row_stride + head * DIM
-    _store_rows(dq_ptr, dq, rows, dq_row_stride, lq, DIM, PADDED)
+    _store_rows(dq_ptr, dq, rows, dq_row_stride, rows < lq, DIM, PADDED)
 
 
 @triton.jit(do_not_specialize=["total_q", "window_left", "window_right"])
@@ -434,12 +297,12 @@ def _varlen_attn_bwd_dkv_kernel(
         return
     ACCURATE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    k = _load_rows(k_ptr + k_begin * k_row_stride + kv_head * k_head_stride, keys, k_row_stride, lk, DIM, PADDED)
+    k = _load_rows(k_ptr + k_begin * k_row_stride + kv_head * k_head_stride, keys, k_row_stride, keys < lk, DIM, PADDED)
     dk = tl.zeros([BLOCK_N, PADDED], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, PADDED_V], dtype=tl.float32)
     if NEED_DK:
         v_ptr += k_begin * v_row_stride + kv_head * v_head_stride
-        v = _load_rows(v_ptr, keys, v_row_stride, lk, DIM_V, PADDED_V)
+        v = _load_rows(v_ptr, keys, v_row_stride, keys < lk, DIM_V, PADDED_V)
     ahead = lk - lq
     last = tl.minimum(first + BLOCK_N, lk) - 1
     begin, end = 0, lq
@@ -456,7 +319,7 @@ def _varlen_attn_bwd_dkv_kernel(
         start = begin + (step // GROUP) * BLOCK_M
         member = tl.cast(step % GROUP, tl.int64)
         rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        q = _load_rows(q_ptr + member * q_head_stride, rows, q_row_stride, lq, DIM, PADDED)
+        q = _load_rows(q_ptr + member * q_head_stride, rows, q_row_stride, rows < lq, DIM, PADDED)
         # Infinity makes the probabilities 0 of rows that are not there, and of those that see no key.
         lse = tl.load(lse_ptr + member * total_q + rows, mask=rows < lq, other=float("inf"))
         st = tl.dot(k, tl.trans(q), input_precision="ieee") * score_scale  # [BLOCK_N, BLOCK_M]
@@ -477,7 +340,7 @@ def _varlen_attn_bwd_dkv_kernel(
         if not ACCURATE:
             lse *= LOG2E  # as late as this, or its registers spill
         pt = _exp(st - lse[None, :], ACCURATE)
-        dout = _load_rows(dout_ptr + member * dout_head_stride, rows, dout_row_stride, lq, DIM_V, PADDED_V)
+        dout = _load_rows(dout_ptr + member * dout_head_stride, rows, dout_row_stride, rows < lq, DIM_V, PADDED_V)
         if NEED_DV:
             dv = tl.dot(pt.to(dout.dtype), dout, dv, input_precision="ieee")
         if NEED_DK:
@@ -490,7 +353,7 @@ def _varlen_attn_bwd_dkv_kernel(
             dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
     if NEED_DK:
         dk_ptr += k_begin * dk_row_stride + kv_head * DIM
-        _store_rows(dk_ptr, dk * scale, keys, dk_row_stride, lk, DIM, PADDED)
+        _store_rows(dk_ptr, dk * scale, keys, dk_row_stride, keys < lk, DIM, PADDED)
     if NEED_DV:
         dv_ptr += k_begin * dv_row_stride + kv_head * DIM_V
-        _store_rows(dv_ptr, dv, keys, dv_row_stride, lk, DIM_V, PADDED_V)
+        _store_rows(dv_ptr, dv, keys, dv_row_stride, keys < lk, DIM_V, PADDED_V)

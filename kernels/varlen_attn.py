@@ -6,6 +6,7 @@ be, and a program that finds no tile in its slot ends at once. A call never wait
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -15,16 +16,22 @@ import torch
 import triton
 
 from pyfinetune.kernels._varlen_attn_device import (
-    TILE_FIELDS,
     _varlen_attn_bwd_dkv_kernel,
     _varlen_attn_bwd_dq_kernel,
     _varlen_attn_fwd_kernel,
-    _varlen_attn_tiles_kernel,
 )
+from pyfinetune.kernels._varlen_attn_short_device import (
+    _varlen_attn_bwd_dkv_shared_kernel,
+    _varlen_attn_bwd_dq_shared_kernel,
+    _varlen_attn_fwd_shared_kernel,
+)
+from pyfinetune.kernels._varlen_attn_tiles import MEMBER_FIELDS, TILE_FIELDS, _varlen_attn_tiles_kernel
 from pyfinetune.kernels.config import INTERPRETER, Compilation, Config, Family, capability_of
 
 _WIDEST = (1 << 30) - 1  # a wider window is none: documents have fewer rows, and the sum of both fits into int32
 _SLOTS = 128  # of the list of tiles, to a program
+_MOST_LISTERS = 8  # programs; each walks along all documents
+_DOCUMENTS = 512  # that it takes at once
 _LOG2E = math.log2(math.e)
 
 # (BLOCK_M queries, BLOCK_N keys, warps, stages) by the wider head_dim, for 16-bit elements. Per product of a tile the
@@ -127,38 +134,85 @@ def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, An
     return _FAMILIES[kernel].choose(capability, *_class(itemsize, constants))
 
 
-def _slots(rows: int, documents: int, block: int) -> int:
-    """How many tiles there can be: a document begins at most one that is not full, the rows past the last too."""
-    return rows // block + documents + 1
+def _shared_config(kernel: str, config: Config, constants: dict[str, Any]) -> Config:
+    """That of the kernel for shared tiles, beside the configuration for a document's own."""
+    own, other = ("BLOCK_N", "BLOCK_M") if kernel == "dkv" else ("BLOCK_M", "BLOCK_N")
+    # Each element that enters a product is looked at in registers, beside the sums, of which dk and dv are two.
+    size = max(constants["PADDED"], constants["PADDED_V"])
+    tile = min(config.blocks[own], 32 if size > 128 else 64)
+    sums = tile * size * (2 if kernel == "dkv" else 1)
+    blocks = {"TILE": tile, "STEP": min(config.blocks[other], 32 if sums <= 4096 else 16)}
+    return Config(blocks, 8 if kernel == "dkv" else 4, 1, config.shared_bytes)
 
 
-def _list_tiles(cu_seqlens_q, cu_seqlens_k, total_q: int, total_k: int, block_q: int, block_k: int | None):
-    """The tiles of queries and of keys, int32 [slots, TILE_FIELDS] each; no keys where `block_k` is None."""
+def _shared_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Without the window, which is in the list of tiles."""
+    return {name: value for name, value in constants.items() if name not in ("HAS_LEFT", "HAS_RIGHT")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of one side, as kernels/_varlen_attn_tiles.py lists them.
+
+    Args:
+        fields: int32 [slots, TILE_FIELDS], of tiles that one document has for itself.
+        members: int32 [slots, MEMBER_FIELDS, tile], of tiles that documents share.
+    """
+
+    fields: torch.Tensor
+    members: torch.Tensor
+
+    def slots(self) -> tuple[int, int]:
+        """How many tiles of each kind there is room for."""
+        return self.fields.shape[0], self.members.shape[0]
+
+
+def _slots(rows: int, other_rows: int, documents: int, block: int, tile: int) -> tuple[int, int]:
+    """How many tiles of a document's own and how many shared ones there can be.
+
+    The rows past the last document count as one more. By documents: each has at most one tile that is not full. By
+    rows: a long document, whose longer side has n rows, has at most 2 n / tile of them; a short one takes fewer than
+    2 n places, and skips fewer than it takes.
+    """
+    rows_of_both = rows + other_rows
+    own = min(rows // block + documents, 2 * rows_of_both // tile) + 1
+    return own, min(documents, 4 * rows_of_both // tile) + 1
+
+
+def _list_tiles(cu_seqlens_q, cu_seqlens_k, totals: tuple[int, int], blocks, window: list) -> list[Tiles]:
+    """The tiles of queries, and of keys where `blocks` has two pairs (rows of a document's own, of a shared one)."""
     documents = cu_seqlens_q.shape[0] - 1
-    slots_q = _slots(total_q, documents, block_q)
-    slots_k = 0 if block_k is None else _slots(total_k, documents, block_k)
-    tiles_q, tiles_k = (
-        torch.empty((slots, TILE_FIELDS.value), dtype=torch.int32, device=cu_seqlens_q.device)
-        for slots in (slots_q, slots_k)
-    )
-    grid = (triton.cdiv(max(slots_q, slots_k), _SLOTS), 1 if block_k is None else 2)
-    _varlen_attn_tiles_kernel[grid](
-        tiles_q,
-        tiles_k,
+    same = cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
+    sides = []
+    for rows, other_rows, (block, tile) in zip(totals, reversed(totals), blocks, strict=False):
+        own, shared = _slots(rows, 0 if same else other_rows, documents, block, tile)
+        shapes = (own, TILE_FIELDS.value), (shared, MEMBER_FIELDS.value, tile)
+        sides.append(Tiles(*(torch.empty(shape, dtype=torch.int32, device=cu_seqlens_q.device) for shape in shapes)))
+    queries, keys = sides[0], sides[-1]
+    slots = queries.slots(), keys.slots()
+    listers = min(triton.cdiv(max(map(sum, slots)), _SLOTS), _MOST_LISTERS)
+    _varlen_attn_tiles_kernel[(listers, len(sides))](
+        *[x for tiles in (queries, keys) for x in (tiles.fields, tiles.members)],
         cu_seqlens_q,
         cu_seqlens_k,
-        total_q,
-        total_k,
+        *totals,
         documents,
-        slots_q,
-        slots_k,
-        documents.bit_length(),
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k or block_q,
-        SLOTS=_SLOTS,
+        *[own for own, _ in slots],
+        *[shared for _, shared in slots],
+        *window,
+        BLOCK_Q=blocks[0][0],
+        TILE_Q=blocks[0][1],
+        BLOCK_K=blocks[-1][0],
+        TILE_K=blocks[-1][1],
+        DOCUMENTS=_documents_at_once(cu_seqlens_q),
         num_warps=4,
     )
-    return tiles_q, tiles_k
+    return sides
+
+
+def _documents_at_once(cu_seqlens: torch.Tensor) -> int:
+    # In Python a scan takes its time for each of them, and several rounds should be met by small inputs.
+    return 16 if capability_of(cu_seqlens) == INTERPRETER else _DOCUMENTS
 
 
 def _options(q, k, v, causal: bool, scale: float, left: int, right: int, softcap: float) -> tuple[list, dict[str, Any]]:
@@ -192,21 +246,17 @@ def varlen_attn(
     """
     scalars, constants = _options(q, k, v, causal, scale, left, right, softcap)
     config = _config_for("fwd", q, constants)
-    block = config.blocks["BLOCK_M"]
-    tiles, _ = _list_tiles(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], block, None)
-    _varlen_attn_fwd_kernel[(tiles.shape[0], q.shape[1])](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        tiles,
-        *_strides(q, k, v),
-        out.stride(0),
-        q.shape[0],
-        *scalars,
-        **constants,
-        **config.options(),
+    shared_config = _shared_config("fwd", config, constants)
+    blocks = [(config.blocks["BLOCK_M"], shared_config.blocks["TILE"])]
+    (tiles,) = _list_tiles(cu_seqlens_q, cu_seqlens_k, (q.shape[0], k.shape[0]), blocks, scalars[2:])
+    own, shared = tiles.slots()
+    tensors = q, k, v, out, lse
+    sizes = *_strides(q, k, v), out.stride(0), q.shape[0]
+    _varlen_attn_fwd_kernel[(own, q.shape[1])](
+        *tensors, tiles.fields, *sizes, *scalars, **constants, **config.options()
+    )
+    _varlen_attn_fwd_shared_kernel[(shared, q.shape[1])](
+        *tensors, tiles.members, *sizes, *scalars[:2], **_shared_constants(constants), **shared_config.options()
     )
 
 
@@ -238,55 +288,38 @@ def varlen_attn_bwd(
     total_q, num_heads, _ = q.shape
     scalars, constants = _options(q, k, v, causal, scale, left, right, softcap)
     dq_config, dkv_config = _config_for("dq", q, constants), _config_for("dkv", q, constants)
-    blocks = dq_config.blocks["BLOCK_M"], dkv_config.blocks["BLOCK_N"]
-    tiles_q, tiles_k = _list_tiles(cu_seqlens_q, cu_seqlens_k, total_q, k.shape[0], *blocks)
+    dq_shared, dkv_shared = _shared_config("dq", dq_config, constants), _shared_config("dkv", dkv_config, constants)
+    blocks = [
+        (dq_config.blocks["BLOCK_M"], dq_shared.blocks["TILE"]),
+        (dkv_config.blocks["BLOCK_N"], dkv_shared.blocks["TILE"]),
+    ]
+    tiles_q, tiles_k = _list_tiles(cu_seqlens_q, cu_seqlens_k, (total_q, k.shape[0]), blocks, scalars[2:])
     strides = _strides(dout, q, k, v)
     delta = lse
     if dq is not None or dk is not None:
         delta = torch.empty_like(lse)
         # dk needs delta, which comes with dq: asked for alone it gets the same bits so.
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
-        _varlen_attn_bwd_dq_kernel[(tiles_q.shape[0], num_heads)](
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            delta,
-            dq,
-            tiles_q,
-            *strides,
-            out.stride(0),
-            dq.stride(0),
-            total_q,
-            scale,
-            *scalars,
-            **constants,
-            **dq_config.options(),
+        own, shared = tiles_q.slots()
+        tensors = dout, q, k, v, out, lse, delta, dq
+        sizes = *strides, out.stride(0), dq.stride(0), total_q, scale
+        _varlen_attn_bwd_dq_kernel[(own, num_heads)](
+            *tensors, tiles_q.fields, *sizes, *scalars, **constants, **dq_config.options()
+        )
+        _varlen_attn_bwd_dq_shared_kernel[(shared, num_heads)](
+            *tensors, tiles_q.members, *sizes, *scalars[:2], **_shared_constants(constants), **dq_shared.options()
         )
     if dk is None and dv is None:
         return
-    _varlen_attn_bwd_dkv_kernel[(tiles_k.shape[0], k.shape[1])](
-        dout,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        k if dk is None else dk,
-        v if dv is None else dv,
-        tiles_k,
-        *strides,
-        k.shape[1] * k.shape[2],
-        v.shape[1] * v.shape[2],
-        total_q,
-        scale,
-        *scalars,
-        **constants,
-        NEED_DK=dk is not None,
-        NEED_DV=dv is not None,
-        **dkv_config.options(),
+    own, shared = tiles_k.slots()
+    tensors = dout, q, k, v, lse, delta, k if dk is None else dk, v if dv is None else dv
+    sizes = *strides, k.shape[1] * k.shape[2], v.shape[1] * v.shape[2], total_q, scale
+    constants |= {"NEED_DK": dk is not None, "NEED_DV": dv is not None}
+    _varlen_attn_bwd_dkv_kernel[(own, k.shape[1])](
+        *tensors, tiles_k.fields, *sizes, *scalars, **constants, **dkv_config.options()
+    )
+    _varlen_attn_bwd_dkv_shared_kernel[(shared, k.shape[1])](
+        *tensors, tiles_k.members, *sizes, *scalars[:2], **_shared_constants(constants), **dkv_shared.options()
     )
 
 
@@ -312,9 +345,9 @@ _TYPICAL = {
     "d256 softcap": (256, 256, 2, True, True),
 }
 _KERNELS = {
-    "fwd": _varlen_attn_fwd_kernel,
-    "dq": _varlen_attn_bwd_dq_kernel,
-    "dkv": _varlen_attn_bwd_dkv_kernel,
+    "fwd": (_varlen_attn_fwd_kernel, _varlen_attn_fwd_shared_kernel),
+    "dq": (_varlen_attn_bwd_dq_kernel, _varlen_attn_bwd_dq_shared_kernel),
+    "dkv": (_varlen_attn_bwd_dkv_kernel, _varlen_attn_bwd_dkv_shared_kernel),
 }
 
 
@@ -323,9 +356,9 @@ def compilations(capability: int) -> Iterator[Compilation]:
     signature = {name: "i32" for name in _varlen_attn_tiles_kernel.arg_names if not name.isupper()}
     signature |= {name: "*i32" for name in signature if name.endswith("_ptr")}
     tiles = Config({}, 4, 2)
-    sizes = {"BLOCK_Q": 128, "BLOCK_K": 64, "SLOTS": _SLOTS}
+    sizes = {"BLOCK_Q": 128, "TILE_Q": 128, "BLOCK_K": 64, "TILE_K": 64, "DOCUMENTS": _DOCUMENTS}
     yield Compilation("varlen_attn tiles", _varlen_attn_tiles_kernel, signature, sizes, tiles)
-    for kernel, function in _KERNELS.items():
+    for kernel, (own, shared) in _KERNELS.items():
         for shape, (dim, dim_v, group, window, softcap) in _TYPICAL.items():
             constants = {"GROUP": group, "DIM": dim, "DIM_V": dim_v, "PADDED": padded(dim), "PADDED_V": padded(dim_v)}
             constants |= {"HAS_LEFT": window, "HAS_RIGHT": True, "HAS_CAP": softcap}
@@ -333,13 +366,22 @@ def compilations(capability: int) -> Iterator[Compilation]:
                 constants |= {"NEED_DK": True, "NEED_DV": True}
             for element, itemsize in (("bf16", 2), ("fp32", 4)) if shape == "d64" else (("bf16", 2),):
                 config = _chosen(kernel, capability, itemsize, constants)
-                name = f"varlen_attn {kernel} {shape} {element}"
-                signature = _signature(function, element)
-                yield Compilation(name, function, signature, constants, config, matmul=element != "fp32")
+                launches = (
+                    (kernel, own, constants, config),
+                    (
+                        f"{kernel} shared",
+                        shared,
+                        _shared_constants(constants),
+                        _shared_config(kernel, config, constants),
+                    ),
+                )
+                for kind, function, known, its in launches:
+                    name, signature = f"varlen_attn {kind} {shape} {element}", _signature(function, element)
+                    yield Compilation(name, function, signature, known, its, matmul=element != "fp32")
 
 
 def _signature(function, element: str) -> dict[str, str]:
-    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "tiles_ptr": "*i32"}
+    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "tiles_ptr": "*i32", "members_ptr": "*i32"}
     types |= dict.fromkeys(("scale", "score_scale", "cap"), "fp32")
     names = [name for name in function.arg_names if not name.isupper()]
     return {name: types.get(name, f"*{element}" if name.endswith("_ptr") else "i32") for name in names}

@@ -271,7 +271,7 @@ def configs(cols: int, with_dweight: bool = False) -> list[Config]:
         block_n = _WIDE_BLOCK
     block_m = max(1, 4 * 32 * _ELEMENTS // block_n)
     warps = min(max(block_m * block_n // (32 * _ELEMENTS), 4), 16)
-    shared = 8 * block_m * warps + (4 * block_n if with_dweight else 0)
+    shared = 8 * block_m * warps + (4 * block_n * min(block_m, warps) if with_dweight else 0)
     return [Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=1, shared_bytes=shared)]
 
 

@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:  # some of torch's functions want to know which
+        device = torch.device("cuda", torch.cuda.current_device())
     with args.lines.open("w", encoding="utf-8") as file:
 
         def emit(**message) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 from pyfinetune.ops._triton import interpreted, triton_dtypes
@@ -16,3 +17,5 @@ FAST_BACKENDS = os.environ.get("PYFINETUNE_TEST_BACKENDS", "cpu").split(",")
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype in triton_dtypes()]
 # In Python every instruction of every program takes its time: tests of large shapes skip.
 INTERPRETED = interpreted()
+# For a test of the native CPU kernels, which other backends have nothing of.
+native_kernels = pytest.mark.skipif("cpu" not in FAST_BACKENDS, reason="it is about the CPU kernels")

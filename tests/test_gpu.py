@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 
 import pytest
@@ -165,11 +166,13 @@ def test_memory_does_not_grow(name):
     held = torch.cuda.memory_allocated if GPU else (lambda: 0)
     with triton():
         call.run()
+        gc.collect()
         before = held()
         for _ in range(20 if GPU else 1):
             call.run()
         synchronize()
-        assert held() == before
+        gc.collect()
+        assert held() <= before
 
 
 class RedZones(TorchFunctionMode):

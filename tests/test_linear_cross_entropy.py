@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from backends import DTYPES, FAST_BACKENDS, INTERPRETED
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED, native_kernels
 from cross_entropy_cases import (
     IGNORED,
     OPTIONS,
@@ -315,6 +315,7 @@ def test_same_bits_a_hundred_times(reduction):
         assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
+@native_kernels
 def test_the_kernels_do_not_depend_on_the_thread_count():
     """Everything but torch's GEMM: each row, or each column of a sum over rows, is one thread's."""
     rows, cols, width = 37, 700, 200

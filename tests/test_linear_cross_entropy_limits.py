@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from backends import DTYPES, FAST_BACKENDS, INTERPRETED
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED, native_kernels
 from cross_entropy_cases import IGNORED, LargestAllocation, make, name
 from oracle import BACKWARD, FORWARD, Guarded, assert_as_good_as
 
@@ -67,6 +67,7 @@ def test_float16_sums_do_not_overflow():
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@native_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_logits_never_exist(reduction):
     case = make(600, 30_000, 16, dtype=torch.bfloat16, ignored=0.0, reduction=reduction).frozen()
@@ -77,6 +78,7 @@ def test_the_logits_never_exist(reduction):
     assert tracker.largest < 2 * cpu.TILE_BYTES < 600 * 30_000 * 2
 
 
+@native_kernels
 @pytest.mark.parametrize("tokens", [1, 63, 64, 2048, 2049, 100_000])
 @pytest.mark.parametrize("vocab", [1, 63, 65, 49_152, 262_144])
 @pytest.mark.parametrize("workspace", [0, 1, 1000, 1 << 20, 1 << 30])
@@ -123,6 +125,7 @@ def test_wrong_arguments_are_named(backend, change, message):
         dataclasses.replace(case, **change).forward()
 
 
+@native_kernels
 @pytest.mark.parametrize("cols", [1, 15, 16, 33, 100, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_no_kernel_writes_beside_its_tensor(dtype, cols):
@@ -174,6 +177,7 @@ def call_add(**change):
     native.add_rows_at(*(capsule(t) for t in values.values()), 2)
 
 
+@native_kernels
 @pytest.mark.parametrize(
     ("call", "change"),
     [

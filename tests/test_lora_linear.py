@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from backends import DTYPES, FAST_BACKENDS, INTERPRETED
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED, native_kernels
 from lora_cases import eager, make, upstream
 from oracle import BACKWARD, FORWARD, assert_as_good_as, layouts
 
@@ -244,7 +244,7 @@ def test_empty_and_odd_shapes(packed, shape):
             torch.testing.assert_close(a.float(), b.float(), rtol=3e-2, atol=6e-2)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is about the CPU kernels")
+@native_kernels
 @pytest.mark.parametrize("inner", [64, 96, 1000, 1024, 1090, 2048, 2112])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_the_small_product_at_every_depth(dtype, inner):
@@ -256,7 +256,7 @@ def test_the_small_product_at_every_depth(dtype, inner):
         assert_as_good_as(y, plain, exact, FORWARD, f"{rows} rows")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is about the CPU kernels")
+@native_kernels
 def test_weights_wider_than_the_scratch():
     case = make(40, 6, 300_000, 2, dtype=torch.float32, packed=True)
     with pf.use_backend("reference"):
@@ -264,7 +264,7 @@ def test_weights_wider_than_the_scratch():
     torch.testing.assert_close(case.forward(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is about the CPU kernels")
+@native_kernels
 def test_the_whole_decoded_weight_never_exists():
     """The scratch holds a few MiB, whatever the weight: the working set of a 4-bit layer stays a 4-bit layer's."""
     case = make(64, 4096, 4096, 4, dtype=torch.bfloat16, packed=True)
@@ -376,7 +376,7 @@ def test_same_bits_a_hundred_times(rows):
         assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is about the CPU kernels")
+@native_kernels
 def test_the_small_product_does_not_depend_on_the_thread_count():
     case = make(9, 101, 1500, 0, dtype=torch.float32, packed=True)
     threads = torch.get_num_threads()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from backends import DTYPES, FAST_BACKENDS, INTERPRETED
+from backends import DTYPES, FAST_BACKENDS, INTERPRETED, native_kernels
 from oracle import Guarded, layouts
 
 import pyfinetune as pf
@@ -157,7 +157,7 @@ def test_many_scales_are_nested_as_bitsandbytes_does(bnb):
     assert torch.equal(ours.nested_absmax, state.state2.absmax)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is about the CPU kernels")
+@native_kernels
 @pytest.mark.parametrize("isa", native.isas())
 def test_every_instruction_set_gives_the_same_bits(isa):
     script = (
@@ -399,7 +399,7 @@ def test_same_bits_a_hundred_times():
         assert torch.equal(pf.ops.dequantize_4bit(packed), decoded)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is about the CPU kernels")
+@native_kernels
 def test_bits_do_not_depend_on_the_thread_count():
     w = weights((300, 1000))
     threads = torch.get_num_threads()
@@ -474,6 +474,7 @@ def test_partial_last_block_is_written():
     assert (decoded - w).abs().max() < 1.0
 
 
+@native_kernels
 def test_scales_are_not_written_past_their_end():
     """bitsandbytes #2042: absmax was stored past the end of its buffer."""
     w = torch.randn(3, 65)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from attention_cases import Case, cu, make, same
-from backends import DTYPES, FAST_BACKENDS
+from backends import DTYPES, FAST_BACKENDS, native_kernels
 from oracle import Guarded
 
 import pyfinetune as pf
@@ -18,6 +18,7 @@ from pyfinetune._native import capsule, native
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
+@native_kernels
 def test_the_backend_is_chosen_by_dtype_and_head_dim():
     for dtype in DTYPES:
         assert pf.explain("varlen_attn", *make([5], dtype=dtype).args()).backend == FAST_BACKENDS[0]
@@ -171,6 +172,7 @@ NATIVE_MISTAKES = {
 }
 
 
+@native_kernels
 @pytest.mark.parametrize("mistake", NATIVE_MISTAKES)
 def test_the_native_door_checks_again(mistake):
     native.varlen_attn(*native_arguments())
@@ -178,6 +180,7 @@ def test_the_native_door_checks_again(mistake):
         native.varlen_attn(*native_arguments(**NATIVE_MISTAKES[mistake]))
 
 
+@native_kernels
 @pytest.mark.parametrize(
     "change", [("dq", torch.zeros(9, 4, 16)), ("dk", torch.zeros(10, 4, 16)), ("dv", torch.zeros(10, 2, 16).half())]
 )
@@ -189,6 +192,7 @@ def test_the_native_backward_checks_again(change):
         native.varlen_attn_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *map(capsule, wrong.values()), *options)
 
 
+@native_kernels
 def test_no_write_leaves_the_outputs_and_no_read_the_inputs():
     """Inputs lie between NaNs, which would show in the results; outputs between sentinels, which must stay."""
     case = make([65, 1, 30], dim=72, heads=(4, 2), rest=1)

@@ -100,10 +100,26 @@ def _varlen(bounds: list[int], device: torch.device) -> Callable:
 
 
 def _flex(bounds: list[int], device: torch.device) -> Callable:
-    from pyfinetune.bench.gpu_attention import torch_flex
+    if device.type == "cuda":
+        from pyfinetune.bench.gpu_attention import torch_flex
 
-    attention = torch_flex(bounds, device)
-    return attention if device.type == "cuda" else compiled(attention)
+        return torch_flex(bounds, device)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    document = torch.repeat_interleave(torch.tensor([end - start for start, end in itertools.pairwise(bounds)]))
+
+    def visible(batch, head, query, key):
+        return (document[query] == document[key]) & (query >= key)
+
+    mask = create_block_mask(visible, None, None, bounds[-1], bounds[-1], device="cpu")
+    function = compiled(flex_attention)
+
+    def attention(q, k, v):
+        # On a CPU it compiles for whole tensors of four dimensions only, not for views of others.
+        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+        return function(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return attention
 
 
 def attentions(

@@ -20,8 +20,16 @@ _LIGER, _UNSLOTH, _FLASH = "liger_kernel.transformers.functional", "unsloth.kern
 
 
 def compiled(function: Callable) -> Callable:
-    """The function as torch compiles it, which happens at the first call."""
-    return torch.compile(function, dynamic=False)
+    """The function as torch compiles it, which happens at the first call, as does the import of the compiler."""
+
+    @functools.cache
+    def made() -> Callable:
+        return torch.compile(function, dynamic=False)
+
+    def call(*args, **more):
+        return made()(*args, **more)
+
+    return call
 
 
 def _found(module: str, name: str) -> Callable:

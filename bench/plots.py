@@ -101,7 +101,12 @@ def _points(result: dict[str, Any], op: str) -> list[dict[str, Any]]:
     points, numbers = [], {}
     for run in list(result["runs"].values())[:1]:
         for row in run["rows"]:
-            if row["op"] != op or row.get("isa") or "ms" not in row.get("results", {}).get(OURS, {}):
+            if (
+                row["op"] != op
+                or row.get("isa")
+                or "bound" not in row
+                or "ms" not in row.get("results", {}).get(OURS, {})
+            ):
                 continue
             # The rates are in GB/s and GFLOP/s; results of an older format do not say how much work there is.
             amount = row.get("bytes" if row["bound"] == COPY else "flops")

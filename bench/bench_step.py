@@ -105,6 +105,7 @@ def case_of(recipe: Recipe, documents: list[int], target: Target | None = None, 
         packed = f"{sum(documents)} tokens in {len(documents)} documents packed"
     method = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}[recipe.method]
     name = f"training step, {label or recipe.label}, {method} r {recipe.rank}, {short(recipe.dtype)}, {packed}"
+    sizes = {sum(documents), recipe.dimensions.hidden, recipe.dimensions.inner}
     return Case(
         "step",
         name,
@@ -114,7 +115,7 @@ def case_of(recipe: Recipe, documents: list[int], target: Target | None = None, 
         target=target,
         tokens=sum(documents),
         parts=work,
-        vocabulary=recipe.vocabulary,
+        vocabulary=None if recipe.vocabulary in sizes else recipe.vocabulary,
     )
 
 

@@ -46,8 +46,9 @@ def _group(event: Any, vocabulary: int | None) -> str:
     if vocabulary is not None and any(_is_of_head(node, vocabulary) for node in chain):
         return HEAD
     found = [group for group in (_fits(node.name) for node in chain) if group is not None]
-    if DECODE in found:
-        return DECODE
+    for named in (HEAD, DECODE):  # whatever either of them is made of
+        if named in found:
+            return named
     kernels = [_fits(node.name) for node in chain if node.name.startswith("pyfinetune::")]
     return next((group for group in reversed(kernels) if group is not None), found[0] if found else OTHER)
 

@@ -20,8 +20,16 @@ _LIGER, _UNSLOTH, _FLASH = "liger_kernel.transformers.functional", "unsloth.kern
 
 
 def compiled(function: Callable) -> Callable:
-    """The function as torch compiles it, which happens at the first call."""
-    return torch.compile(function, dynamic=False)
+    """The function as torch compiles it, which happens at the first call, as does the import of the compiler."""
+
+    @functools.cache
+    def made() -> Callable:
+        return torch.compile(function, dynamic=False)
+
+    def call(*args, **more):
+        return made()(*args, **more)
+
+    return call
 
 
 def _found(module: str, name: str) -> Callable:
@@ -100,10 +108,26 @@ def _varlen(bounds: list[int], device: torch.device) -> Callable:
 
 
 def _flex(bounds: list[int], device: torch.device) -> Callable:
-    from pyfinetune.bench.gpu_attention import torch_flex
+    if device.type == "cuda":
+        from pyfinetune.bench.gpu_attention import torch_flex
 
-    attention = torch_flex(bounds, device)
-    return attention if device.type == "cuda" else compiled(attention)
+        return torch_flex(bounds, device)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    document = torch.repeat_interleave(torch.tensor([end - start for start, end in itertools.pairwise(bounds)]))
+
+    def visible(batch, head, query, key):
+        return (document[query] == document[key]) & (query >= key)
+
+    mask = create_block_mask(visible, None, None, bounds[-1], bounds[-1], device="cpu")
+    function = compiled(flex_attention)
+
+    def attention(q, k, v):
+        # On a CPU it compiles for whole tensors of four dimensions only, not for views of others.
+        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+        return function(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return attention
 
 
 def attentions(

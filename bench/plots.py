@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyfinetune.bench.breakdown import GROUPS
 from pyfinetune.bench.ceilings import COPY, GEMM_BF16, GEMM_FP32
 from pyfinetune.bench.harness import OURS
 from pyfinetune.bench.results import BEST_ISA, EVEN, Line, lines_of
@@ -100,7 +101,12 @@ def _points(result: dict[str, Any], op: str) -> list[dict[str, Any]]:
     points, numbers = [], {}
     for run in list(result["runs"].values())[:1]:
         for row in run["rows"]:
-            if row["op"] != op or row.get("isa") or "ms" not in row.get("results", {}).get(OURS, {}):
+            if (
+                row["op"] != op
+                or row.get("isa")
+                or "bound" not in row
+                or "ms" not in row.get("results", {}).get(OURS, {})
+            ):
                 continue
             # The rates are in GB/s and GFLOP/s; results of an older format do not say how much work there is.
             amount = row.get("bytes" if row["bound"] == COPY else "flops")
@@ -217,9 +223,17 @@ def step_figure(row: dict[str, Any], page: str) -> Figure:
     colors = {OURS: _OURS, LIMIT: "#d6dade"}
     for i, (name, total) in enumerate(whole.items()):
         left = 0.0
-        for group, color in zip(groups, _PARTS, strict=False):
+        for group in groups:
             width = parts.get(name, {}).get(group, 0.0)
-            axes.barh(i, width, left=left, color=color, height=0.62, label=group if i == 0 else None, zorder=2)
+            axes.barh(
+                i,
+                width,
+                left=left,
+                color=_PARTS[GROUPS.index(group)],
+                height=0.62,
+                label=group if i == 0 else None,
+                zorder=2,
+            )
             left += width
         if name not in parts:
             axes.barh(i, total, color=colors.get(name, _EVEN), height=0.62, zorder=2)

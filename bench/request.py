@@ -31,7 +31,7 @@ class Request:
         backend: what ours has to run on.
         peers: keys of `peer_names.PEERS`, only these.
         device: "cpu" or "cuda".
-        seconds: time to spend on timing each case; 3, or 0.3 with `quick`.
+        seconds: time to spend on timing each case; 3, or 0.2 with `quick`.
         model: a configuration, for a whole training step of it; see `bench_step.requested`.
         method, packed, layers: how that is trained; see there.
     """
@@ -68,7 +68,7 @@ class Request:
     @property
     def time_each(self) -> float:
         """Seconds to spend on timing each case."""
-        return self.seconds if self.seconds is not None else 0.3 if self.quick else 3.0
+        return self.seconds if self.seconds is not None else 0.2 if self.quick else 3.0
 
     def check(self) -> None:
         """Raise what can be known before anything is measured.

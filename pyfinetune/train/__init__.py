@@ -5,5 +5,6 @@
 
     result = train(load_config("run.yaml"))
 
-Read in this order: `config`, `data`, `formats`, `tokenizing`, `packing`, `model`, `loop`, `callbacks`, `run`.
+Read in this order: `config`, `data`, `formats`, `tokenizing`, `packing`, `model`, `loop`, `callbacks`, `run`;
+`planning` and `forecast` predict what a run takes.
 """

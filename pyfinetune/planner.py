@@ -243,6 +243,7 @@ class Ledger(TorchDispatchMode):
         self._total = 0
         self._peaks: dict[str, int] = {}
         self._scratch: dict[str, int] = {}
+        self._sum: tuple[int, set[int], int] | None = None  # see _in_place
 
     @property
     def label(self) -> str:
@@ -266,6 +267,27 @@ class Ledger(TorchDispatchMode):
     def _free(self, key: int) -> None:
         _, part, size = self._held.pop(key)
         self._count(part, -size)
+        if self._sum is not None and key in self._sum[1]:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._sum is not None:
+            key, _, size = self._sum
+            self._sum = None
+            if key in self._held:
+                self._held[key][2] = size
+                self._count(self._held[key][1], size)
+
+    def _in_place(self, func, args: tuple, out: Any) -> bool:
+        """Whether autograd adds two gradients of one tensor: into the first, where nobody else holds it.
+
+        A tensor without memory is never added into. So the sum counts from when one of the two is let go, or, where
+        both live on, from the next operator.
+        """
+        if func is not torch.ops.aten.add.Tensor or self.phase != "backward" or torch.is_grad_enabled():
+            return False
+        same = all(isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (out.shape, out.dtype) for a in args[:2])
+        return len(args) == 2 and same
 
     def _count(self, part: str, size: int) -> None:
         self._live[part] += size
@@ -280,6 +302,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operator and note what it made."""
+        self._settle()
         out = func(*args, **(kwargs or {}))
         if any(type(leaf).__name__ == "LazyLogits" for leaf in tree_leaves(out)):
             return out
@@ -287,6 +310,11 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, FakeTensor) and leaf.untyped_storage()._cdata not in self._held:
                 self.hold(leaf, part)
+                if self._in_place(func, args, leaf):
+                    key = leaf.untyped_storage()._cdata
+                    self._sum = (key, {arg.untyped_storage()._cdata for arg in args}, self._held[key][2])
+                    self._count(part, -self._held[key][2])
+                    self._held[key][2] = 0
         self.note(self._cost(func, args, kwargs or {}, out))
         return out
 

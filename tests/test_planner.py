@@ -109,6 +109,21 @@ class TestCounting:
         real = allocated(model, batch)
         assert 0.995 * (found.peak - found.parts["scratch"]) <= real <= 1.005 * found.peak
 
+    def test_gradients_of_tied_weights_are_summed_in_place(self):
+        """As autograd does with real tensors; a copy more of the embedding's would be the peak here."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shapes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 64}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, tie_word_embeddings=True, use_cache=False, **shapes))
+        pf.patch(model)
+        ids = torch.randint(8000, (1, 16))
+        starts = torch.tensor([0, 16], dtype=torch.int32)
+        batch = {"input_ids": ids, "labels": ids, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        found = pf.plan(model.train(), batch)
+        assert found.peak_at == "backward, embedding"
+        real = allocated(model, batch)
+        assert 0.995 * (found.peak - found.parts["scratch"]) <= real <= 1.005 * found.peak
+
     def test_the_head_s_scratch_is_what_the_kernel_allocates(self):
         head_cpu._scratch.buffer = None
         hidden, weight = torch.randn(96, 64, requires_grad=True), torch.randn(4000, 64, requires_grad=True)

@@ -73,6 +73,11 @@ class TestSettings:
             found = settings_of(config, torch.device("cuda"))
             assert (found.dtype, found.autocast, found.device) == (dtype, autocast, "cuda")
 
+    def test_a_method_that_is_not_planned_is_refused(self, folder):
+        config = given_config(None, {"model_name_or_path": folder})
+        with pytest.raises(UserError, match=r"plan: method 'other' cannot be predicted"):
+            settings_of(config.model_copy(update={"method": "other"}))
+
 
 class TestSkeleton:
     def test_it_is_the_model_that_a_run_would_train(self, folder, settings):
@@ -156,7 +161,7 @@ class TestFits:
         assert room.length(4400) == 384  # of 400 tokens, in steps of 64
 
     def test_a_larger_gpu_takes_more(self, settings, monkeypatch):
-        monkeypatch.setattr(module, "_METHODS", ("qlora", "full"))
+        monkeypatch.setattr(module, "PLANNED", ("qlora", "full"))
         found = list(fits(dataclasses.replace(settings, length=256), [2, 0.5, 1]))
         assert [fit.gpu for fit in found] == [0.5] * 4 + [1] * 4 + [2] * 4
         assert all((fit.batch_size, fit.longest) == (0, 0) for fit in found[:4])  # less than a context takes

@@ -17,7 +17,7 @@ from pyfinetune.errors import UserError
 from pyfinetune.planner import Plan
 from pyfinetune.train.config import RunConfig, load_config, parse_config
 from pyfinetune.train.model import choose_device, read_config
-from pyfinetune.train.planning import Settings, checkpointing_key, process_base, settings_of, step_plan
+from pyfinetune.train.planning import PLANNED, Settings, checkpointing_key, process_base, settings_of, step_plan
 
 GPU_SIZES = (8, 12, 16, 24)  # GB, as they are sold
 # What a CUDA context and its libraries take, and the share of the rest that the allocator's holes do: assumptions.
@@ -31,7 +31,6 @@ SHARE_OF_PEAK = {True: (0.66, 0.77), False: (0.14, 0.37)}
 # kernels' probes have made more of it in bfloat16. Measured with `python -m pyfinetune.bench.plan_check` on one 29M
 # model and 64 tokens, where tensors hardly count: 33, 35 and 82 MiB.
 _LIBRARIES = {False: 34 << 20, True: 82 << 20}
-_METHODS = ("qlora", "lora", "full")
 _ADAMW_PASSES = 7  # it reads parameter, gradient and two moments, and writes back all but the gradient
 
 
@@ -288,7 +287,7 @@ def fits(settings: Settings, gpus: Sequence[float]) -> Iterable[Fit]:
         >>> list(fits(settings, [24]))  # doctest: +SKIP
     """
     found = []
-    for method in _METHODS if gpus else ():
+    for method in PLANNED if gpus else ():
         for checkpointing in (False, True):
             full = method == "full"
             one = dataclasses.replace(

@@ -20,6 +20,7 @@ from pyfinetune.train.model import add_adapters, choose_device, choose_dtype, lo
 
 # Layers of the two models that stand for one of many.
 _FEW, _MORE = 2, 3
+PLANNED = ("qlora", "lora", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,10 @@ def settings_of(config: RunConfig, device: torch.device | None = None, documents
     """
     from pyfinetune.train.loop import training_arguments
 
+    if config.method not in PLANNED:
+        raise UserError(
+            f"plan: method {config.method!r} cannot be predicted", fix=f"set method to one of {', '.join(PLANNED)}"
+        )
     device = device or choose_device(config.device)
     arguments = training_arguments(config, train_rows=1, held_out=False)
     on_gpu = device.type == "cuda"

@@ -161,15 +161,15 @@ class TestFits:
         assert room.length(4400) == 384  # of 400 tokens, in steps of 64
 
     def test_a_larger_gpu_takes_more(self, settings, monkeypatch):
-        monkeypatch.setattr(module, "PLANNED", ("qlora", "full"))
+        monkeypatch.setattr(module, "PLANNED", ("full",))
         found = list(fits(dataclasses.replace(settings, length=256), [2, 0.5, 1]))
-        assert [fit.gpu for fit in found] == [0.5] * 4 + [1] * 4 + [2] * 4
-        assert all((fit.batch_size, fit.longest) == (0, 0) for fit in found[:4])  # less than a context takes
-        for a, b in zip(found[4:8], found[8:], strict=True):
+        assert [fit.gpu for fit in found] == [0.5] * 2 + [1] * 2 + [2] * 2
+        assert all((fit.batch_size, fit.longest) == (0, 0) for fit in found[:2])  # less than a context takes
+        for a, b in zip(found[2:4], found[4:], strict=True):
             assert (a.method, a.checkpointing, a.r) == (b.method, b.checkpointing, b.r)
             assert 0 < a.batch_size < b.batch_size
             assert a.longest == b.longest == 512  # all of the model's positions
-        assert {fit.r for fit in found if fit.method == "full"} == {None}
+        assert {fit.r for fit in found} == {None}
 
 
 class TestCommand:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyfinetune.hf.verify import verify
     from pyfinetune.linear4bit import Linear4bit, quantize
     from pyfinetune.machine import info
+    from pyfinetune.planner import plan
 
 __version__ = _native.native.__version__
 
@@ -40,6 +41,7 @@ _LAZY = {
     "load_4bit": "pyfinetune.hf.loading",
     "lora_config": "pyfinetune.hf.peft_lora",
     "patch": "pyfinetune.hf.patch",
+    "plan": "pyfinetune.planner",
     "verify": "pyfinetune.hf.verify",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "lora_config",
     "ops",
     "patch",
+    "plan",
     "quantize",
     "use_backend",
     "verify",

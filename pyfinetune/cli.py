@@ -145,6 +145,32 @@ def demo(
 
 
 @app.command()
+def plan(
+    config: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="The run's configuration.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="A model's name or folder, without a file.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, qlora or full.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapters.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Recompute layers in the backward pass.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    gpu: Annotated[
+        list[float] | None, typer.Option(metavar="GB", help="A GPU's size, in place of 8, 12, 16, 24; 0 for none.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Read no data and measure nothing: full rows, no hours.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict a run's peak memory and hours before anything is loaded, and what fits GPUs of usual sizes."""
+    from pyfinetune.train.forecast import GPU_SIZES, forecast, given_config
+
+    options = {"model_name_or_path": model, "method": method, "max_length": max_length, "batch_size": batch_size}
+    options |= {"lora_r": r, "checkpointing": checkpointing, "dtype": dtype}
+    sizes = GPU_SIZES if gpu is None else () if gpu == [0] else gpu
+    found = forecast(given_config(config, options), quick=quick, gpus=sizes, has_data=config is not None)
+    typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """Say what this machine can run: versions, instruction set, GPU, and which kernels are available."""
     import pyfinetune as pf

@@ -362,11 +362,11 @@ def test_an_undo_that_would_not_be_exact_raises():
 
 def test_a_failed_swap_is_taken_back(monkeypatch):
     model = adapted("llama")
-    found = patch_module._candidates(model, ["lora_linear"])
+    found = patch_module.candidates_in(model, ["lora_linear"])
     slotted = type("Slotted", (FastLora, type(found[-1].module)), {"__slots__": ("extra",)})
     change = changes.ClassSwap(found[-1].module, slotted)
     found[-1] = dataclasses.replace(found[-1], change=change, prove=found[0].prove, signature=found[-2].signature)
-    monkeypatch.setattr(patch_module, "_candidates", lambda model, kinds: found)
+    monkeypatch.setattr(patch_module, "candidates_in", lambda model, kinds: found)
     with pytest.raises(TypeError):
         patch_lora(model)
     assert fast_layers(model) == 0

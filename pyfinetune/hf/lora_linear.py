@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from pyfinetune.hf.changes import ClassSwap
 from pyfinetune.hf.peft_lora import LoraLinear4bit
@@ -129,7 +130,7 @@ class FastLinear(FastLora, PeftLinear):
     @staticmethod
     def base_why_not(base: nn.Module) -> str | None:
         weight = base.weight
-        plain = type(weight) is nn.Parameter and weight.dtype in FLOATS
+        plain = type(weight) in (nn.Parameter, FakeTensor) and weight.dtype in FLOATS
         return None if plain else f"the base weight is a {type(weight).__name__} of {weight.dtype}"
 
 

@@ -26,7 +26,8 @@ KINDS = {
 }
 
 
-def _candidates(model: nn.Module, kinds: Collection[str]) -> list[Candidate]:
+def candidates_in(model: nn.Module, kinds: Collection[str]) -> list[Candidate]:
+    """Every module of these kinds, with what would be swapped in or why nothing is; nothing is proved yet."""
     known = [kind for kind, package in KINDS.items() if kind in kinds and package in sys.modules]
     modules = [importlib.import_module(f"pyfinetune.hf.{kind}") for kind in known]
     return [candidate for module in modules for candidate in module.candidates(model)]
@@ -97,7 +98,7 @@ def patch(model: nn.Module, kinds: Collection[str] | None = None) -> Report:
         raise InvalidInput(f"patch: {', '.join(unknown)} is no kind of block; choose from {', '.join(KINDS)}")
     # Tensors that are made in inference mode have no gradients, and the probes need some.
     with torch.inference_mode(False):
-        rows, changes = _judged(_candidates(model, chosen))
+        rows, changes = _judged(candidates_in(model, chosen))
     report = Report(rows, changes)
     try:
         for change in changes:

@@ -46,7 +46,8 @@ def _offset_of(module: nn.Module) -> float:
     twin, weight = twin_of(module), module.weight
     x = torch.linspace(-2, 3, weight.shape[0], device=weight.device).to(weight.dtype).expand(2, -1)
     with torch.no_grad():
-        found = torch.func.functional_call(twin, {"weight": torch.zeros_like(weight)}, (x,))
+        zeros = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        found = torch.func.functional_call(twin, {"weight": zeros}, (x,))
     return 1.0 if bool(found.any()) else 0.0
 
 

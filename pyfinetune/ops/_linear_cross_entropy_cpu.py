@@ -28,7 +28,7 @@ KEPT_BYTES = 128 << 20
 MAX_ROWS = 2048
 MAX_COLS = 4096  # kCrossEntropyCols in csrc/cpu/dispatch.h
 _MIN_COLS = 64
-_REUSED_BYTES = 256 << 20  # a larger scratch is not held between calls
+REUSED_BYTES = 256 << 20  # a larger scratch is not held between calls
 _scratch = threading.local()
 
 
@@ -61,14 +61,33 @@ def _even(total: int, most: int) -> int:
     return max(1, -(-total // max(1, -(-total // most))))
 
 
+def scratch_shapes(plan: Plan, vocab: int, width: int, dtype: torch.dtype, needs: tuple) -> list[tuple]:
+    """Rows, columns and dtype of the scratch matrices: logits, part, sum, gathered, weighted."""
+    need_dhidden, need_dweight, need_dbias = needs
+    columns = min(vocab, plan.cols)
+    part_rows = max(plan.rows, columns) if need_dweight else plan.rows
+    return [
+        (plan.rows, vocab if need_dweight or need_dbias else columns, dtype),
+        (part_rows if need_dhidden or need_dweight else 0, width, dtype),
+        (plan.rows if need_dhidden else 0, width, torch.float32),
+        (plan.rows, width, dtype),
+        (plan.rows if need_dweight else 0, width, dtype),
+    ]
+
+
+def scratch_sizes(shapes: list[tuple]) -> list[int]:
+    """Bytes of each matrix, with what aligns the next."""
+    return [(rows * cols * dtype.itemsize + 63) // 64 * 64 for rows, cols, dtype in shapes]
+
+
 def _matrices(*shapes: tuple[int, int, torch.dtype]) -> list[torch.Tensor]:
     """Scratch matrices in memory that is reused from call to call."""
-    sizes = [(rows * cols * dtype.itemsize + 63) // 64 * 64 for rows, cols, dtype in shapes]
+    sizes = scratch_sizes(shapes)
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < sum(sizes):
         buffer = torch.empty(sum(sizes), dtype=torch.uint8)
         native.advise_huge_pages(capsule(buffer))
-        _scratch.buffer = buffer if buffer.numel() <= _REUSED_BYTES else None
+        _scratch.buffer = buffer if buffer.numel() <= REUSED_BYTES else None
     pieces = buffer[: sum(sizes)].split(sizes)
     return [
         piece[: rows * cols * dtype.itemsize].view(dtype).view(rows, cols)
@@ -103,15 +122,8 @@ class _Pass:
         self.scale = scale
         plan = Plan.of(kept, vocab, dtype.itemsize, workspace_bytes, self.keep)
         self.chunks, self.tiles = plan.chunks(kept), plan.tiles(vocab)
-        columns = min(vocab, plan.cols)
-        part_rows = max(plan.rows, columns) if self.need_dweight else plan.rows
-        self.logits, self.part, self.sum, self.gathered, self.weighted = _matrices(
-            (plan.rows, vocab if self.keep else columns, dtype),
-            (part_rows if self.need_dhidden or self.need_dweight else 0, width, dtype),
-            (plan.rows if self.need_dhidden else 0, width, torch.float32),
-            (plan.rows, width, dtype),
-            (plan.rows if self.need_dweight else 0, width, dtype),
-        )
+        shapes = scratch_shapes(plan, vocab, width, dtype, needs)
+        self.logits, self.part, self.sum, self.gathered, self.weighted = _matrices(*shapes)
         self.losses = torch.zeros(tokens)
         make = hidden.new_empty if self.all else hidden.new_zeros
         self.d_hidden = make((tokens, width) if self.need_dhidden else (0,))

@@ -16,6 +16,7 @@ import torch
 
 import pyfinetune as pf
 from pyfinetune.errors import PyfinetuneError, UserError
+from pyfinetune.linear4bit import Linear4bit, choose_targets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -130,84 +131,113 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     device = device or choose_device("auto")
-    config = read_config(name_or_path)
-    chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
-    options = _attention(attn_implementation)
-    if method == "qlora":
-        options["quantization_config"] = pf.Config4bit()
-    with _loading(name_or_path):
+    with _refusals(name_or_path):
+        config = _plain_config(name_or_path)
+        chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
+        options = _attention(attn_implementation)
+        if method == "qlora":
+            options["quantization_config"] = pf.Config4bit()
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
     model.config.use_cache = False
     return model.to(device)
 
 
-def read_config(name_or_path: str) -> PretrainedConfig:
-    """Read what a model is, without its weights.
+def load_skeleton(
+    name_or_path: str,
+    *,
+    method: str = "lora",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    layers: int | None = None,
+) -> PreTrainedModel:
+    """Make the model that `load_model` would load on the meta device: shapes without memory; no weights are read.
 
     Args:
-        name_or_path: a model's name on the hub or its folder.
+        name_or_path: a model's name on the hub or its folder, of which config.json is enough.
+        method: `lora`, `qlora` or `full`.
+        dtype: type of the weights; the checkpoint's own when None.
+        attn_implementation: a name as `transformers` knows it; None lets it choose.
+        layers: how many of its layers; all when None.
 
     Returns:
-        Its configuration.
+        The model on the meta device, its cache switched off.
 
     Raises:
-        UserError: there is no such model, or it is quantized already.
+        UserError: as `load_model`.
 
     Example:
-        >>> read_config("path/to/model").model_type  # doctest: +SKIP
-        'llama'
-    """
-    from transformers import AutoConfig
-
-    where = f"model_name_or_path: {name_or_path!r}"
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
-        raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
-    with _loading(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{where} is already quantized, and this command starts from plain weights",
-            fix="give the model it was made from; method: qlora quantizes it while loading",
-        )
-    return config
-
-
-def load_skeleton(name_or_path: str) -> PreTrainedModel:
-    """Build a causal language model without its weights, to look at its layers.
-
-    Args:
-        name_or_path: a model's name on the hub or its folder.
-
-    Returns:
-        The model on the meta device: shapes and types, no values.
-
-    Raises:
-        UserError: there is no such model, it is quantized already, or it is no causal language model.
-
-    Example:
-        >>> next(load_skeleton("path/to/model").parameters()).device  # doctest: +SKIP
-        device(type='meta')
+        >>> load_skeleton("path/to/model").num_parameters()  # doctest: +SKIP
     """
     from transformers import AutoModelForCausalLM
 
-    config = read_config(name_or_path)
-    with _loading(name_or_path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with _refusals(name_or_path):
+        config = _plain_config(name_or_path)
+        if layers is not None:
+            text = config.get_text_config()
+            text.num_hidden_layers = layers
+            if isinstance(getattr(text, "layer_types", None), list):
+                text.layer_types = text.layer_types[:layers]
+        config.use_cache = False
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attn_implementation))
+    if method == "qlora":
+        for _, linear in choose_targets(model, pf.Config4bit().skip)[0]:
+            size, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+            packed = Linear4bit(*size, bias=has_bias, dtype=linear.weight.dtype, device="meta").packed
+            linear.__class__ = Linear4bit
+            linear._set_packed(packed)
+    return model
+
+
+def read_config(name_or_path: str) -> Any:
+    """A model's configuration; nothing else is read.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+
+    Returns:
+        What transformers makes of its config.json.
+
+    Raises:
+        UserError: as `load_model`.
+
+    Example:
+        >>> read_config("path/to/model").num_hidden_layers  # doctest: +SKIP
+        30
+    """
+    with _refusals(name_or_path):
+        return _plain_config(name_or_path)
 
 
 @contextlib.contextmanager
-def _loading(name_or_path: str) -> Iterator[None]:
-    """Say of a model that cannot be loaded which it is and what would do."""
+def _refusals(name_or_path: str) -> Iterator[None]:
+    """Whatever transformers says against a model becomes one sentence and its mend."""
+    where = f"model_name_or_path: {name_or_path!r}"
+    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+        raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
     try:
         yield
+    except PyfinetuneError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, PyfinetuneError):
-            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"model_name_or_path: {name_or_path!r} cannot be loaded: {reason}",
             fix="give a causal language model's name on the hub, or its folder with config.json and .safetensors files",
         ) from error
+
+
+def _plain_config(name_or_path: str) -> Any:
+    """A model's configuration, of plain weights."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name_or_path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model_name_or_path: {name_or_path!r} is already quantized, and this command starts from plain weights",
+            fix="give the model it was made from; method: qlora quantizes it while loading",
+        )
+    return config
 
 
 def add_adapters(

@@ -36,12 +36,19 @@ class Backend:
         run: the implementation; takes the schema's arguments.
         why_not: the reason why `run` cannot take these arguments, or None when it can; looks at metadata only.
         configuration: how `run` would launch its kernels for these arguments, in words; None where there is no choice.
+        yields: the reason why a later backend is to be taken although this one can run, or None; not asked where this
+            one is forced.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
     configuration: Callable[..., str] | None = None
+    yields: Callable[..., str | None] | None = None
+
+    def steps_back(self, *args) -> str | None:
+        """Why a call that names no backend does not run on this one, or None."""
+        return self.why_not(*args) or (self.yields and self.yields(*args))
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class Op:
         """
         for backend in self.backends:
             if _forced is None:
-                if backend.why_not(*args) is None:
+                if backend.steps_back(*args) is None:
                     return backend
             elif backend.name == _forced:
                 reason = backend.why_not(*args)
@@ -161,7 +168,8 @@ class Op:
         """Every backend of the op and whether it would take these arguments; nothing is computed."""
         self.check(*args)
         chosen = self.choose(*args).name
-        present = {backend.name: backend.why_not(*args) for backend in self.backends}
+        asked = "why_not" if _forced else "steps_back"
+        present = {backend.name: getattr(backend, asked)(*args) for backend in self.backends}
         details = {
             backend.name: backend.configuration(*args)
             for backend in self.backends

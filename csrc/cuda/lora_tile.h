@@ -84,7 +84,8 @@ __device__ __forceinline__ void begin_with_adapter(const Product<T>& p, int64_t 
                                                    float (&sums)[kMT * kNT][4]) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   if (p.s == nullptr) return;
-  for (int64_t r = 2 * t; r < p.rank + 2 * t; r += 16) {
+  for (int64_t first = 0; first < p.rank; first += 16) {
+    const int64_t r = first + 2 * t;
     uint32_t b[kNT][2];
 #pragma unroll
     for (int j = 0; j < kNT; ++j) {

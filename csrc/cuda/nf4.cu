@@ -207,7 +207,9 @@ __device__ void encode_tile(const Encoder& e, int64_t first, const float (&value
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const float x = values[s][j];
-      const float normalised = partial ? rounded_div(x, divisor) : rounded_mul(x, reciprocal);
+      // What fills the last byte is zero, whatever the scale: NaN and infinity would not leave it one.
+      const bool filling = i + j >= e.numel;
+      const float normalised = filling ? 0.0f : partial ? rounded_div(x, divisor) : rounded_mul(x, reciprocal);
       word |= e.code(normalised) << (8 * (j >> 1) + ((j & 1) ? 0 : 4));
     }
     if (kCount == 8)

@@ -203,15 +203,18 @@ __device__ void encode_tile(const Encoder& e, int64_t first, const float (&value
     const bool partial = ((block + 1) << e.block_shift) > e.numel;
     const float magnitude = __uint_as_float(largest[s]), divisor = encode_divisor(magnitude);
     const float reciprocal = rounded_div(1.0f, divisor);
+    float normalised[kCount];
+    if (partial) {
+      // What fills the last byte is zero, whatever the scale: NaN and infinity would not leave it one.
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) normalised[j] = i + j < e.numel ? rounded_div(values[s][j], divisor) : 0.0f;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) normalised[j] = rounded_mul(values[s][j], reciprocal);
+    }
     uint32_t word = 0;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float x = values[s][j];
-      // What fills the last byte is zero, whatever the scale: NaN and infinity would not leave it one.
-      const bool filling = i + j >= e.numel;
-      const float normalised = filling ? 0.0f : partial ? rounded_div(x, divisor) : rounded_mul(x, reciprocal);
-      word |= e.code(normalised) << (8 * (j >> 1) + ((j & 1) ? 0 : 4));
-    }
+    for (int j = 0; j < kCount; ++j) word |= e.code(normalised[j]) << (8 * (j >> 1) + ((j & 1) ? 0 : 4));
     if (kCount == 8)
       store_as(stage + within / 2, word);
     else

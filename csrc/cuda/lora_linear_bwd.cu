@@ -165,7 +165,7 @@ void run(const Place& place, const LoraLinear& p) {
   const Product<T> q = product_of<T>(p, true);
   if (q.in_features % 8 != 0 || !aligned_to(q.w.codes, 4)) return launch_tiles<Shape<T, 1, 1, 8, true>>(place, q);
   if (q.rows <= 16) return launch_tiles<Shape<T, 1, 1, 8, false>>(place, q);
-  return launch_tiles<Shape<T, 4, 2, 2, false>>(place, q);
+  return launch_tiles<Shape<T, 2, 2, 2, false>>(place, q);
 }
 
 }  // namespace

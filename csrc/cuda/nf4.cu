@@ -99,7 +99,7 @@ __device__ void write_adapter(const Adapter& a) {
 
 // vectors: the pointers and the rows are multiples of 16 bytes, so that no vector is torn.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     dequantize_4bit_kernel(Packed4bit w, T* out, Rows rows, bool vectors, Adapter adapter) {
   float* map = reinterpret_cast<float*>(dynamic_shared());
   const Lane at;
@@ -233,7 +233,7 @@ __device__ void encode_tile(const Encoder& e, int64_t first, const float (&value
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     quantize_4bit_kernel(EncodeTable table, const T* weight, int64_t numel, int block_shift, uint8_t* codes,
                          float* absmax, bool vectors) {
   constexpr int kCount = Vector<T>::kCount, kSteps = kTile / (32 * kCount);
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A warp takes a block of scales.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     quantize_absmax_kernel(const float* centred, int64_t numel, int block_shift, const uint8_t* nearest, uint8_t* codes,
                            float* absmax) {
   const Lane at;

@@ -6,7 +6,8 @@
 #   make test-triton the op tests over the Triton kernels, in Triton's interpreter (no GPU needed)
 #   make compile-report compile every Triton kernel for every supported GPU: registers, shared memory, occupancy
 #   make gpu-check   on a machine with a GPU: the whole GPU test matrix, then the GPU benchmark, in 8 minutes
-#   make test-native a million calls of the CPU kernels, without Python, under the address and undefined sanitizers
+#   make test-native a million calls of the CPU kernels, without Python, under the address and undefined sanitizers;
+#                    then the CUDA kernels, with a GPU emulated on the host
 #   make test-oldest the tests of what touches transformers, peft and trl, with the oldest of them that are supported
 #   make lint        ruff, and clang-format over the native sources
 #   make format      rewrite what lint complains about
@@ -102,6 +103,8 @@ test-native: $(VENV)/.tools
 	cmake --build build/native
 	build/native/fuzz_kernels --self-test
 	build/native/fuzz_kernels $(FUZZ_FLAGS)
+	build/native/fuzz_kernels --op gpu_nf4 --calls 2000
+	build/native/fuzz_kernels --op gpu_lora_linear --calls 400
 
 # The oldest versions that pyproject.toml admits, in a venv of their own; torch stays the tested one.
 OLDEST := .venv-oldest

@@ -46,15 +46,46 @@ PYFINETUNE_HOST_DEVICE EncodeTable make_encode_table(const float* codes, const u
   return table;
 }
 
-// Nearest code by strict comparison with the midpoints. NaN takes the last interval, as a sorted search does.
+// How many of the 15 ascending midpoints are below the value, in four steps. NaN takes the last interval, as a sorted
+// search gives it. The first three midpoints that are looked at have constant places and stay in registers.
+PYFINETUNE_HOST_DEVICE int encode_interval(const float* pivots, float normalised) {
+  int interval = normalised <= pivots[7] ? 0 : 8;
+  const float quarter = interval ? pivots[11] : pivots[3];
+  interval += normalised <= quarter ? 0 : 4;
+  interval += normalised <= pivots[interval + 1] ? 0 : 2;
+  return interval + (normalised <= pivots[interval] ? 0 : 1);
+}
+
+// Nearest code by strict comparison with the midpoints.
 PYFINETUNE_HOST_DEVICE uint8_t encode_one(const EncodeTable& table, float normalised) {
-  int interval = 0;
-  for (int i = 0; i < 15; ++i) interval += !(normalised <= table.pivots[i]);
-  return table.order[interval];
+  return table.order[encode_interval(table.pivots, normalised)];
 }
 
 // The smallest scale an encoder divides by; a subnormal, so that only all-zero blocks are affected in practice.
 static const float kMinAbsmax = 1e-38f;
+
+PYFINETUNE_HOST_DEVICE float encode_divisor(float largest) { return largest < kMinAbsmax ? kMinAbsmax : largest; }
+
+// One rounding each, whatever a compiler would like to fuse. The CPU files are compiled with -ffp-contract=off.
+#if defined(__CUDA_ARCH__)
+PYFINETUNE_HOST_DEVICE float rounded_mul(float a, float b) { return __fmul_rn(a, b); }
+PYFINETUNE_HOST_DEVICE float rounded_add(float a, float b) { return __fadd_rn(a, b); }
+PYFINETUNE_HOST_DEVICE float rounded_div(float a, float b) { return __fdiv_rn(a, b); }
+PYFINETUNE_HOST_DEVICE float rounded_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#else
+PYFINETUNE_HOST_DEVICE float rounded_mul(float a, float b) { return a * b; }
+PYFINETUNE_HOST_DEVICE float rounded_add(float a, float b) { return a + b; }
+PYFINETUNE_HOST_DEVICE float rounded_div(float a, float b) { return a / b; }
+PYFINETUNE_HOST_DEVICE float rounded_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#endif
+
+// Where a centred scale stands among the 65,536 even steps of [-1, 1]; NaN for NaN, and for a block of zeros, whose
+// reciprocal is infinite.
+PYFINETUNE_HOST_DEVICE float nested_position(float centred, float reciprocal) {
+  float x = rounded_mul(centred, reciprocal);
+  x = x < -1.0f ? -1.0f : x > 1.0f ? 1.0f : x;
+  return rounded_fma(rounded_mul(rounded_add(x, 1.0f), 0.5f), 65535.0f, 0.5f);
+}
 
 struct Packed4bit {
   const uint8_t* codes;
@@ -76,14 +107,8 @@ PYFINETUNE_HOST_DEVICE int code_at(const uint8_t* codes, int64_t i) {
 
 PYFINETUNE_HOST_DEVICE float block_scale(const Packed4bit& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(__fmul_rn(w.nested_map[w.absmax8[block]], w.nested_absmax[block >> w.nested_shift]),
-                   *w.nested_offset);
-#else
-  // The CPU files are compiled with -ffp-contract=off, which keeps the two roundings.
-  const float product = w.nested_map[w.absmax8[block]] * w.nested_absmax[block >> w.nested_shift];
-  return product + *w.nested_offset;
-#endif
+  return rounded_add(rounded_mul(w.nested_map[w.absmax8[block]], w.nested_absmax[block >> w.nested_shift]),
+                     *w.nested_offset);
 }
 
 }  // namespace pyfinetune

@@ -30,3 +30,10 @@ def capsule(tensor: torch.Tensor | None):
 def threads() -> int:
     """How many threads a kernel may use: what torch itself would."""
     return torch.get_num_threads()
+
+
+def packed_fields(tensors, block_size: int, nested_block_size: int) -> tuple:
+    """What the native module takes as one packed 4-bit weight: six capsules and two sizes."""
+    # A capsule holds a reference to its tensor's memory, so the contiguous copies live as long as the tuple.
+    capsules = [None if tensor is None else capsule(tensor.contiguous()) for tensor in tensors]
+    return (*capsules, block_size, nested_block_size)

@@ -12,6 +12,7 @@ import torch
 
 from pyfinetune._native import native, threads
 from pyfinetune.errors import BackendUnavailable
+from pyfinetune.ops._cuda import not_built_for
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
@@ -31,6 +32,7 @@ class Info(dict):
             ("threads", str(cpu["threads"])),
             *(("gpu", f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gb']:.0f} GB") for gpu in self["gpus"]),
             *([("gpu", "none that torch can use")] if not self["gpus"] else []),
+            ("cuda kernels", ", ".join(f"sm_{arch}" for arch in self["cuda_archs"]) or "none in this build"),
             *((f"backend {name}", reason or "available") for name, reason in self["backends"].items()),
             *((name, value) for name, value in self["environment"].items()),
         ]
@@ -110,7 +112,9 @@ def _backends(gpus: list[dict[str, Any]]) -> dict[str, str | None]:
         cuda = "this build has no CUDA kernels" + (f", and {cuda}" if cuda else "; build from source on this machine")
     elif cuda is None:
         built = native.cuda_archs.split(",")
-        missing = sorted({gpu["capability"] for gpu in gpus} - set(built))
+        missing = sorted(
+            {gpu["capability"] for gpu in gpus if not_built_for(int(gpu["capability"]), native.cuda_archs)}
+        )
         cuda = f"built for sm_{', sm_'.join(built)}, not for sm_{', sm_'.join(missing)}" if missing else None
     triton = "triton is not installed" if _version("triton") is None else _no_gpu()
     return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
@@ -121,9 +125,10 @@ def info() -> Info:
 
     Returns:
         A dictionary with `versions` (None where a package is missing), `platform`, `path`, `cpu` (model, cores,
-        memory in GB, the instruction set in use and those that can run, threads), `gpus`, `backends` (each with the
-        reason why it cannot run, or None) and `environment` (the PYFINETUNE_* variables that are set). `print` shows
-        it as a table and `json.dumps` takes it as it is.
+        memory in GB, the instruction set in use and those that can run, threads), `gpus`, `cuda_archs` (what the CUDA
+        kernels in this build were compiled for), `backends` (each with the reason why it cannot run, or None) and
+        `environment` (the PYFINETUNE_* variables that are set). `print` shows it as a table and `json.dumps` takes it
+        as it is.
 
     Raises:
         Nothing: what is missing is told, not raised.
@@ -140,6 +145,7 @@ def info() -> Info:
         path=str(Path(__file__).parent),
         cpu=_cpu(),
         gpus=gpus,
+        cuda_archs=native.cuda_archs.split(",") if native.cuda_archs else [],
         backends=_backends(gpus),
         environment={name: os.environ[name] for name in sorted(os.environ) if name.startswith("PYFINETUNE_")},
     )

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every supported GPU, and need no more registers than a GPU has; no GPU is needed."""
+"""The CUDA kernels compile for every supported GPU, into the instructions meant, and fit it; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def build_log(tmp_path_factory) -> str:
+def build_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def build_log(build_folder) -> str:
     """What the compilers say while the native module is built with PYFINETUNE_CUDA=ON."""
     for name in ("nvcc", "cmake", "ninja"):
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not on PATH")
     pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("cuda")
+    folder = build_folder
     run(
         *("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DPYFINETUNE_CUDA=ON"),
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -62,17 +67,84 @@ def resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
     }
 
 
+# By a part of the mangled name: threads of a block at most, registers of a thread, and how many kernels there are.
+KERNELS = {
+    "dequantize_4bit_kernel": (256, 64, 3),
+    "quantize_4bit_kernel": (256, 85, 6),  # the decoders' names contain it, too
+    "quantize_absmax_kernel": (256, 64, 1),
+    "vector_kernel": (128, 128, 10),
+    "lora_linear_kernel": (128, 255, 8),
+    "lora_linear_bwd_kernel": (256, 255, 6),
+}
+REGISTERS = 65536  # of a multiprocessor, of every GPU built for
+
+
 @pytest.mark.slow
 def test_every_architecture_is_built_without_spills(build_log):
-    decode = {key: use for key, use in resources(build_log).items() if "dequantize_4bit_kernel" in key[1]}
-    assert {arch for arch, _ in decode} == ARCHITECTURES
-    kernels = {kernel for _, kernel in decode}
-    assert len(kernels) == 3, "one for each of float32, float16 and bfloat16"
-    assert set(decode) == {(arch, kernel) for arch in ARCHITECTURES for kernel in kernels}
-    for (arch, kernel), use in decode.items():
-        assert use["stores"] == use["loads"] == 0, f"sm_{arch} {kernel} spills: {use}"
-        # 256 threads a block; at 64 registers each, four blocks fill a multiprocessor of every GPU built for.
-        assert use["registers"] <= 64, f"sm_{arch} {kernel}: {use}"
+    found = resources(build_log)
+    assert {arch for arch, _ in found} == ARCHITECTURES
+    names = {kernel for _, kernel in found}
+    assert set(found) == {(arch, kernel) for arch in ARCHITECTURES for kernel in names}
+    assert all(any(part in kernel for part in KERNELS) for kernel in names)
+    for part, (threads, registers, count) in KERNELS.items():
+        chosen = {key: use for key, use in found.items() if part in key[1]}
+        assert len(chosen) == count * len(ARCHITECTURES), part
+        for (arch, kernel), use in chosen.items():
+            assert use["stores"] == use["loads"] == use["stack"] == 0, f"sm_{arch} {kernel} spills: {use}"
+            assert use["registers"] <= registers, f"sm_{arch} {kernel}: {use}"
+            assert use["registers"] * threads <= REGISTERS, f"sm_{arch} {kernel}: {use}"
+
+
+def instructions(sass: str) -> dict[tuple[str, str], set[str]]:
+    """(architecture, mangled kernel) -> the instructions it has, from what `cuobjdump -sass` prints."""
+    found: dict[tuple[str, str], set[str]] = {}
+    arch, current = "", set()
+    for line in sass.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            current = found.setdefault((arch, match[1]), set())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", line):
+            current.add(match[1])
+    return found
+
+
+# What makes a kernel as wide as the memory, and its products the matrix unit's; a prefix of the instruction.
+WANTED = {
+    "dequantize_4bit_kernel": ("LDG.E.128", "STG.E.128"),
+    "quantize_4bit_kernel": ("LDG.E.128", "STG.E.128"),
+    "lora_linear_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "lora_linear_bwd_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128"),
+    "vector_kernel": ("LDG.E.128",),
+}
+# Rows that begin between two words of codes are read byte by byte; the template's argument says which those are.
+RAGGED = "Lb1E"
+
+
+@pytest.mark.slow
+def test_instructions(build_log, build_folder):
+    """128-bit loads and stores, asynchronous copies, the matrix unit; and no local memory."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = instructions(run(tool, "-sass", build_folder / "libpyfinetune_cuda.a"))
+    assert {arch for arch, _ in found} == ARCHITECTURES
+    for (arch, kernel), used in found.items():
+        assert not any(name.startswith(("LDL", "STL")) for name in used), f"sm_{arch} {kernel} uses local memory"
+        for part, wanted in WANTED.items():
+            for name in wanted if part in kernel else ():
+                assert any(one.startswith(name) for one in used), f"sm_{arch} {kernel} has no {name}"
+        if "lora_linear_kernel" in kernel and RAGGED not in kernel:
+            assert any(one.startswith("LDG.E.128") for one in used), f"sm_{arch} {kernel} reads codes in small pieces"
+
+
+def test_instructions_are_read():
+    sass = (
+        "Fatbin elf code:\narch = sm_90\n\t\tFunction : _Z1fv\n"
+        "        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00 */\n"
+        "        /*0110*/              @!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;\n"
+        "        /*1000*/              @UP1 HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\n"
+    )
+    assert instructions(sass) == {("90", "_Z1fv"): {"LDC", "LDG.E.128.CONSTANT", "HMMA.16816.F32.BF16"}}
 
 
 @pytest.mark.slow

@@ -87,7 +87,9 @@ def one_gpu(monkeypatch):
     ("archs", "reason"),
     [
         ("80,89", None),
-        ("80,86", "built for sm_80, sm_86, not for sm_89"),
+        ("80,86", None),  # machine code of an earlier minor version runs
+        ("80,90", None),
+        ("90,120", "built for sm_90, sm_120, not for sm_89"),
         ("", "this build has no CUDA kernels; build from source on this machine"),
     ],
 )
@@ -99,6 +101,9 @@ def test_cuda_backend_with_a_gpu(monkeypatch, one_gpu, archs, reason):
     assert facts["backends"]["cuda"] == reason
     assert facts["gpus"] == [{"name": "Some GPU", "capability": "89", "memory_gb": 24.0}]
     assert "Some GPU, sm_89, 24 GB" in str(facts)
+    assert facts["cuda_archs"] == (archs.split(",") if archs else [])
+    (line,) = [line for line in str(facts).splitlines() if line.startswith("cuda kernels")]
+    assert line.endswith(", ".join(f"sm_{arch}" for arch in facts["cuda_archs"]) or "none in this build")
 
 
 def test_cuda_backend_without_a_gpu(monkeypatch):

@@ -44,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   bind_rope(m);
   bind_glu(m);
   bind_lora_thin(m);
+  bind_cuda(m);
   m.attr("__version__") = PYFINETUNE_VERSION;
 }

@@ -1,9 +1,11 @@
 #include "views.h"
-#if defined(PYFINETUNE_CUDA_ARCHS)
-#include "../cuda/nf4.h"
-#endif
 
 namespace pyfinetune {
+
+EncodeTable encode_table_of(const std::string& quant_type, const char* op) {
+  PYFINETUNE_CHECK(quant_type == "nf4" || quant_type == "fp4", std::string(op) + ": quant_type is neither nf4 nor fp4");
+  return quant_type == "nf4" ? make_encode_table(kNf4Codes, kNf4Order) : make_encode_table(kFp4Codes, kFp4Order);
+}
 
 namespace {
 
@@ -36,14 +38,12 @@ void quantize_4bit(const py::object& weight, const std::string& quant_type, int6
   const TensorView w = view_of(weight, op, "weight");
   PYFINETUNE_CHECK(!w.on_cuda && is_contiguous(w), "quantize_4bit: weight is not contiguous on the CPU");
   PYFINETUNE_CHECK(is_weight_dtype(w.dtype), "quantize_4bit: weight is no float tensor");
-  PYFINETUNE_CHECK(quant_type == "nf4" || quant_type == "fp4", "quantize_4bit: quant_type is neither nf4 nor fp4");
+  const EncodeTable table = encode_table_of(quant_type, op);
   const int64_t n = numel(w, op);
   const int shift = log2_exact(block_size, op, "block_size");
   PYFINETUNE_CHECK(shift >= kLeastBlockShift, "quantize_4bit: block_size is less than 32");
   auto* code_bytes = static_cast<uint8_t*>(flat(codes, op, "codes", DType::u8, n / 2 + (n & 1)).data);
   auto* scales = static_cast<float*>(flat(absmax, op, "absmax", DType::f32, blocks_of(n, shift)).data);
-  const EncodeTable table =
-      quant_type == "nf4" ? make_encode_table(kNf4Codes, kNf4Order) : make_encode_table(kFp4Codes, kFp4Order);
   const KernelTable& chosen = kernels();
   const int usable = usable_threads(threads);
   py::gil_scoped_release release;
@@ -65,19 +65,6 @@ void quantize_absmax(const py::object& centred, int64_t block_size, const py::ob
   py::gil_scoped_release release;
   chosen.quantize_absmax(values, n, shift, map, code_bytes, scales, usable);
 }
-
-#if defined(PYFINETUNE_CUDA_ARCHS)
-void cuda_dequantize_4bit(const py::tuple& packed, int64_t elements, const py::object& out, uint64_t stream) {
-  const char* op = "dequantize_4bit";
-  const TensorView target = view_of(out, op, "out");
-  PYFINETUNE_CHECK(target.on_cuda && is_contiguous(target) && is_weight_dtype(target.dtype),
-                   "dequantize_4bit: out is no contiguous float tensor on CUDA");
-  PYFINETUNE_CHECK(numel(target, op) == elements, "dequantize_4bit: out has another size");
-  const Packed4bit w = packed_of(packed, elements, op, target.device_index);
-  py::gil_scoped_release release;
-  cuda::dequantize_4bit(w, target.data, target.dtype, target.device_index, stream);
-}
-#endif
 
 py::list code_table(const std::string& quant_type) {
   PYFINETUNE_CHECK(quant_type == "nf4" || quant_type == "fp4", "quant_type is neither nf4 nor fp4");
@@ -101,12 +88,6 @@ void bind_nf4(py::module_& m) {
   m.def("dequantize_4bit", &dequantize_4bit);
   m.def("quantize_4bit", &quantize_4bit);
   m.def("quantize_absmax", &quantize_absmax);
-#if defined(PYFINETUNE_CUDA_ARCHS)
-  m.attr("cuda_archs") = PYFINETUNE_CUDA_ARCHS;
-  m.def("cuda_dequantize_4bit", &cuda_dequantize_4bit);
-#else
-  m.attr("cuda_archs") = "";
-#endif
 }
 
 }  // namespace pyfinetune

@@ -89,10 +89,11 @@ Packed4bit packed_of(const py::tuple& fields, int64_t elements, const char* op, 
   return w;
 }
 
-TensorView matrix(const py::handle& capsule, const char* op, const char* name) {
+TensorView matrix(const py::handle& capsule, const char* op, const char* name, int device) {
   const TensorView view = view_of(capsule, op, name);
   const std::string what = std::string(op) + ": " + name;
-  PYFINETUNE_CHECK(!view.on_cuda, what + " is not on the CPU");
+  PYFINETUNE_CHECK(view.on_cuda == (device >= 0) && (device < 0 || view.device_index == device),
+                   what + (device < 0 ? " is not on the CPU" : " is on another device than its kernel"));
   PYFINETUNE_CHECK(view.ndim == 2, what + " is not two-dimensional");
   PYFINETUNE_CHECK(is_weight_dtype(view.dtype), what + " is " + dtype_name(view.dtype) + ", needs a float type");
   PYFINETUNE_CHECK(view.shape[1] <= 1 || view.strides[1] == 1, what + " has rows that are not contiguous");

@@ -20,8 +20,8 @@ TensorView view_of(const py::handle& capsule, const char* op, const char* name);
 TensorView flat(const py::handle& capsule, const char* op, const char* name, DType dtype, int64_t elements,
                 int device = -1);
 
-// A 2-D view whose rows are contiguous, on the CPU, of a dtype that weights come in.
-TensorView matrix(const py::handle& capsule, const char* op, const char* name);
+// A 2-D view whose rows are contiguous, on the CPU (or on CUDA device `device` >= 0), of a dtype that weights come in.
+TensorView matrix(const py::handle& capsule, const char* op, const char* name, int device = -1);
 
 // A view of any number of dimensions whose last one is contiguous, on the CPU, of a dtype that activations come in;
 // of `like`'s shape and dtype where that is given.
@@ -35,6 +35,9 @@ void* fresh(const py::handle& capsule, const char* op, const char* name, const T
 
 // The eight values that describe a 4-bit weight of `elements` elements, checked against each other.
 Packed4bit packed_of(const py::tuple& fields, int64_t elements, const char* op, int device = -1);
+
+// What an encoder of "nf4" or "fp4" needs.
+EncodeTable encode_table_of(const std::string& quant_type, const char* op);
 
 // Kernels decode 32 values at a time.
 constexpr int kLeastBlockShift = 5;
@@ -57,5 +60,6 @@ void bind_rms_norm(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_glu(py::module_& m);
 void bind_lora_thin(py::module_& m);
+void bind_cuda(py::module_& m);
 
 }  // namespace pyfinetune

@@ -357,7 +357,7 @@ void encode_block(const EncodeTable& table, const EncodeVecs& vecs, const T* w, 
                   float* absmax) {
   const float largest = block_absmax(w, n);
   *absmax = largest;
-  const float reciprocal = 1.0f / (largest < kMinAbsmax ? kMinAbsmax : largest);
+  const float reciprocal = 1.0f / encode_divisor(largest);
   int64_t i = 0;
   for (; i + kEncodeStep <= n; i += kEncodeStep) encode_step(vecs, w + i, reciprocal, bytes + (i >> 1));
   for (; i < n; i += 2)
@@ -369,8 +369,7 @@ void encode_block(const EncodeTable& table, const EncodeVecs& vecs, const T* w, 
 // clamped scale; so do we, for equal bytes. An odd size leaves the code of zero in the last low nibble.
 template <class T>
 void encode_partial_block(const EncodeTable& table, const T* w, int64_t n, uint8_t* bytes, float* absmax) {
-  float largest = block_absmax(w, n);
-  largest = largest < kMinAbsmax ? kMinAbsmax : largest;
+  const float largest = encode_divisor(block_absmax(w, n));
   *absmax = largest;
   for (int64_t i = 0; i < n; i += 2) {
     const uint8_t even = encode_one(table, to_float(w[i]) / largest);
@@ -411,9 +410,7 @@ void quantize_absmax(const float* centred, int64_t n, int block_shift, const uin
       absmax[b] = largest;
       const float reciprocal = 1.0f / largest;
       for (int64_t i = first; i < first + count; ++i) {
-        float x = centred[i] * reciprocal;
-        x = x < -1.0f ? -1.0f : x > 1.0f ? 1.0f : x;
-        const float position = __builtin_fmaf((x + 1.0f) * 0.5f, 65535.0f, 0.5f);
+        const float position = nested_position(centred[i], reciprocal);
         // An all-zero block has no reciprocal; NaN and zero both take code 0.
         codes[i] = largest > 0.0f && position >= 0.0f ? nearest[int(position)] : 0;
       }

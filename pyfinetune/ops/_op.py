@@ -38,12 +38,19 @@ class Backend:
         why_not: the reason why `run` cannot take these arguments, or None when it can; looks at metadata only.
         configuration: how `run` would launch its kernels, a line each: of a GPU's capability (None for that of the
             tensors) and the schema's arguments; None where there is no choice.
+        yields: the reason why a later backend is to be taken although this one can run, or None; not asked where this
+            one is forced.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
     configuration: Callable[..., Sequence[str]] | None = None
+    yields: Callable[..., str | None] | None = None
+
+    def steps_back(self, *args) -> str | None:
+        """Why a call that names no backend does not run on this one, or None."""
+        return self.why_not(*args) or (self.yields and self.yields(*args))
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class Op:
         """
         for backend in self.backends:
             if _forced is None:
-                if backend.why_not(*args) is None:
+                if backend.steps_back(*args) is None:
                     return backend
             elif backend.name == _forced:
                 reason = backend.why_not(*args)
@@ -164,7 +171,8 @@ class Op:
         also what would be launched on such a GPU, wherever the arguments are."""
         self.check(*args)
         chosen = self.choose(*args).name
-        present = {backend.name: backend.why_not(*args) for backend in self.backends}
+        asked = "why_not" if _forced else "steps_back"
+        present = {backend.name: getattr(backend, asked)(*args) for backend in self.backends}
         launches = {
             backend.name: tuple(backend.configuration(capability, *args))
             for backend in self.backends

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyfinetune.ops import _lora_linear_cpu as cpu
+from pyfinetune.ops import _lora_linear_cuda as cuda
 from pyfinetune.ops import _lora_linear_triton as gpu
 from pyfinetune.ops._checks import ALL_FLOATS, FLOATS, check_same_device, check_tensor, cpu_why_not, fail
 from pyfinetune.ops._op import Backend, Op
@@ -166,6 +167,11 @@ def reference_bwd(dout, x, *args):
     return tuple(grads)
 
 
+def _of_forward(reason):
+    """A reason that the backward's arguments have in common with the forward's."""
+    return lambda dout, *args: reason(*args)
+
+
 _bwd = Op(
     "lora_linear_bwd",
     f"(Tensor dout, Tensor x, {_BASE}, {_ADAPTER}, Tensor s, Tensor z, Tensor norm, bool need_dx, bool need_dweight, "
@@ -175,6 +181,7 @@ _bwd = Op(
     fake=fake_bwd,
     reference=reference_bwd,
     backends=[
+        Backend("cuda", cuda.backward, _of_forward(cuda.why_not), yields=_of_forward(cuda.yields)),
         Backend("triton", gpu.backward, lambda dout, x, weight, *rest: triton_why_not(dout, x, weight)),
         Backend("cpu", cpu.backward, lambda dout, x, weight, *rest: cpu_why_not(dout, x, weight)),
     ],
@@ -269,6 +276,7 @@ _lora_linear = Op(
     fake=fake,
     reference=reference,
     backends=[
+        Backend("cuda", cuda.forward, cuda.why_not, yields=cuda.yields),
         Backend("triton", gpu.forward, lambda x, weight, *rest: triton_why_not(x, weight), gpu.configuration_of),
         Backend("cpu", cpu.forward, lambda x, weight, *rest: cpu_why_not(x, weight)),
     ],

@@ -7,9 +7,11 @@ import math
 
 import torch
 
-from pyfinetune._native import capsule, native, threads
+from pyfinetune._native import capsule, native, packed_fields, threads
+from pyfinetune.ops import _nf4_cuda as cuda
 from pyfinetune.ops import _nf4_triton as gpu
 from pyfinetune.ops._checks import FLOATS, check_same_device, check_tensor, cpu_why_not, fail
+from pyfinetune.ops._cuda import cuda_why_not
 from pyfinetune.ops._op import Backend, Op
 from pyfinetune.ops._triton import triton_why_not
 
@@ -197,6 +199,12 @@ def _quantize_cpu(weight, block_size, quant_type):
     return codes, absmax
 
 
+def _quantize_cuda(weight, block_size, quant_type):
+    codes, absmax = _fake_quantize(weight, block_size, quant_type)
+    cuda.quantize_into(codes, absmax, weight, block_size, quant_type)
+    return codes, absmax
+
+
 def _quantize_triton(weight, block_size, quant_type):
     codes, absmax = _fake_quantize(weight, block_size, quant_type)
     gpu.quantize_into(codes, absmax, weight, block_size, quant_type)
@@ -211,6 +219,7 @@ _quantize = Op(
     reference=_quantize_reference,
     backends=[
         Backend("triton", _quantize_triton, lambda weight, *rest: triton_why_not(weight), gpu.encode_configuration),
+        Backend("cuda", _quantize_cuda, lambda weight, *rest: cuda_why_not(weight)),
         Backend("cpu", _quantize_cpu, lambda weight, *rest: cpu_why_not(weight)),
     ],
     prepare=lambda weight, block_size=64, quant_type="nf4", double_quant=False: (
@@ -255,6 +264,12 @@ def _absmax_cpu(centred, nearest, block_size):
     return codes, absmax
 
 
+def _absmax_cuda(centred, nearest, block_size):
+    codes, absmax = _fake_absmax(centred, nearest, block_size)
+    cuda.quantize_absmax_into(codes, absmax, centred, nearest, block_size)
+    return codes, absmax
+
+
 def _absmax_triton(centred, nearest, block_size):
     codes, absmax = _fake_absmax(centred, nearest, block_size)
     gpu.quantize_absmax_into(codes, absmax, centred, nearest, block_size)
@@ -269,6 +284,7 @@ _quantize_absmax = Op(
     reference=_absmax_reference,
     backends=[
         Backend("triton", _absmax_triton, lambda centred, nearest, block_size: triton_why_not(centred, nearest)),
+        Backend("cuda", _absmax_cuda, lambda centred, nearest, block_size: cuda_why_not(centred, nearest)),
         Backend("cpu", _absmax_cpu, lambda centred, nearest, block_size: cpu_why_not(centred, nearest)),
     ],
 )
@@ -346,13 +362,6 @@ def dequantize_reference(codes, absmax, quant_map, n1, n2, n3, block_size, neste
     return values.to(dtype).reshape(shape)
 
 
-def packed_fields(tensors, block_size: int, nested_block_size: int) -> tuple:
-    """What the native module takes as one packed weight: six capsules and two sizes."""
-    # A capsule holds a reference to its tensor's memory, so the contiguous copies live as long as the tuple.
-    capsules = [None if tensor is None else capsule(tensor.contiguous()) for tensor in tensors]
-    return (*capsules, block_size, nested_block_size)
-
-
 def decode_into(
     out: torch.Tensor,
     fields: tuple,
@@ -381,22 +390,9 @@ def _dequantize_cpu(*args):
     return out
 
 
-def _cuda_why_not(*args):
-    if not native.cuda_archs:
-        return "this build has no CUDA kernels"
-    return None if args[0].device.type == "cuda" else f"a tensor is on {args[0].device}"
-
-
-def _decode_cuda(out, *args):
-    *tensors, block_size, nested_block_size, shape, _dtype = args
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    fields = packed_fields(tensors, block_size, nested_block_size)
-    native.cuda_dequantize_4bit(fields, math.prod(shape), capsule(out), stream)
-
-
 def _dequantize_cuda(*args):
     out = _fake_dequantize(*args)
-    _decode_cuda(out, *args)
+    cuda.decode_into(out, *args)
     return out
 
 
@@ -426,7 +422,7 @@ _dequantize = Op(
     fake=_fake_dequantize,
     reference=dequantize_reference,
     backends=[
-        Backend("cuda", _dequantize_cuda, _cuda_why_not),
+        Backend("cuda", _dequantize_cuda, cuda.decode_why_not),
         Backend("triton", _dequantize_triton, gpu.decode_why_not, gpu.decode_configuration),
         Backend("cpu", _dequantize_cpu, lambda *args: cpu_why_not(*args[:6])),
     ],
@@ -461,7 +457,7 @@ _dequantize_out = Op(
     fake=lambda *args: None,
     reference=lambda *args: args[-1].copy_(dequantize_reference(*args[:-1])) and None,
     backends=[
-        Backend("cuda", _into(_decode_cuda), _cuda_why_not),
+        Backend("cuda", _into(cuda.decode_into), cuda.decode_why_not),
         Backend("triton", _into(gpu.decode_into), gpu.decode_why_not),
         Backend("cpu", _into(_decode_cpu), lambda *args: cpu_why_not(*args[:6])),
     ],

@@ -208,8 +208,11 @@ struct Op {
   // Each draws a case of one kernel; one that stands here twice is drawn twice as often.
   std::vector<void (*)(Case&)> kernels;
   std::vector<Fault> faults;
+  // Where these are not the machine's; such an op is run only when it is named.
+  std::vector<const KernelTable*> tables = {};
 };
 
+extern const Op kGpuNf4, kGpuLoraLinear;
 extern const Op kNf4, kLoraLinear, kLoraThin, kVarlenAttn, kRmsNorm, kGlu, kRope, kLinearCrossEntropy;
 
 // What is being run, for whoever prints a report.

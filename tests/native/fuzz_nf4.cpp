@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "fuzz.h"
+#include "gpu/gpu_table.h"
 #include "packed.h"
 
 namespace pyfinetune {
@@ -193,6 +194,12 @@ const Fault kFaults[] = {
 
 const Op kNf4 = {
     "nf4", 8, {dequantize, dequantize, quantize, quantize_absmax}, {std::begin(kFaults), std::end(kFaults)}};
+
+const Op kGpuNf4 = {"gpu_nf4",
+                    1,
+                    {dequantize, quantize, quantize_absmax, gpu::dequantize_beside},
+                    gpu::nf4_faults(),
+                    {&scalar::table, &gpu::table}};
 
 }  // namespace fuzz
 }  // namespace pyfinetune

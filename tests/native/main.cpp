@@ -1,5 +1,6 @@
-// Fuzzes the CPU kernel tables against each other, without Python. Exits with 0 when they agree, 1 when they do not or
-// a sanitizer reports, 2 when it was called wrongly.
+// Fuzzes the CPU kernel tables against each other, without Python; and, where an op of theirs is named, the kernels of
+// a GPU, which is emulated. Exits with 0 when they agree, 1 when they do not or a sanitizer reports, 2 when it was
+// called wrongly.
 //
 //   fuzz_kernels --calls N [--seed S] [--op NAME] [--first CASE]   at least N kernel calls
 //   fuzz_kernels --self-test                                       plants mistakes, and expects to find each of them
@@ -25,8 +26,8 @@ namespace avx512_bf16 { extern const KernelTable table; }
 namespace fuzz {
 namespace {
 
-const Op* const kOps[] = {&kNf4, &kLoraLinear, &kVarlenAttn, &kRmsNorm,
-                          &kGlu, &kRope,       &kLoraThin,   &kLinearCrossEntropy};
+const Op* const kOps[] = {&kNf4,  &kLoraLinear, &kVarlenAttn,         &kRmsNorm, &kGlu,
+                          &kRope, &kLoraThin,   &kLinearCrossEntropy, &kGpuNf4,  &kGpuLoraLinear};
 
 constexpr int kDifference = 1, kUsage = 2, kReport = 3;  // exit codes; kReport is a sanitizer's
 
@@ -119,7 +120,7 @@ int fuzz(const std::vector<const Op*>& ops, const Options& options) {
     std::vector<int64_t> next(ops.size(), options.first);
     for (size_t i = 0; total(tallies) < options.calls; i = (i + 1) % ops.size()) {
       for (int n = 0; n < ops[i]->share && total(tallies) < options.calls; ++n)
-        run_case(*ops[i], options.seed, next[i]++, tables, tallies);
+        run_case(*ops[i], options.seed, next[i]++, ops[i]->tables.empty() ? tables : ops[i]->tables, tallies);
       if (seconds() < told + 10) continue;
       told = seconds();
       std::printf("%lld of %lld calls, %.0f s\n", ll(total(tallies)), ll(options.calls), told);
@@ -147,7 +148,8 @@ int run_with(const Op& op, const Fault& fault) {
     fault.plant(broken);
     Tallies tallies;
     try {
-      for (int64_t i = 0; i < 20000; ++i) run_case(op, 1, i, {&scalar::table, &broken}, tallies);
+      const int64_t cases = op.tables.empty() ? 20000 : 500;
+      for (int64_t i = 0; i < cases; ++i) run_case(op, 1, i, {&scalar::table, &broken}, tallies);
     } catch (const Difference&) {
       _exit(kDifference);
     }
@@ -180,7 +182,7 @@ int main_with(int argc, char** argv) {
   if (!parse(argc, argv, &options)) return usage("unknown or incomplete option");
   std::vector<const Op*> ops;
   for (const Op* op : kOps)
-    if (options.op.empty() || options.op == op->name) ops.push_back(op);
+    if (options.op == op->name || (options.op.empty() && (options.self_test || op->tables.empty()))) ops.push_back(op);
   if (ops.empty()) return usage("no such op");
   std::signal(SIGABRT, [](int) {
     print_position();

@@ -182,6 +182,7 @@ def _quantize_4bit_kernel(
     if PARTIAL:
         # bitsandbytes divides in the last block of a size that is no multiple, and stores the clamped scale.
         scaled = tl.div_rn(weight, tl.broadcast_to(divisor[:, None], (BLOCKS, BLOCK_SIZE)))
+        scaled = tl.where(mask, scaled, 0.0)  # the half byte past the end is a zero's, whatever the scale: 0 / NaN
         tl.store(absmax_ptr + block, divisor, mask=inside)
     else:
         scaled = weight * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), divisor)[:, None]

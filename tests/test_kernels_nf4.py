@@ -67,7 +67,7 @@ def test_the_triton_kernels_compile_for(capability):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=made.options)
         assert compiled.metadata.shared <= 99 * 1024
         ptx = compiled.asm["ptx"]
-        if made.name.startswith("decode"):
+        if made.name.startswith("decode") and not made.alternative:
             assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, made.name  # noqa: PT018
 
 

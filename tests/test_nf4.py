@@ -260,6 +260,14 @@ def test_values_that_are_no_numbers_stay_in_their_block(value):
         assert not decoded[1].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_the_half_byte_past_the_end_is_a_zeros(value):
+    for backend in ("reference", *FAST_BACKENDS):
+        with pf.use_backend(backend):
+            assert pf.ops.quantize_4bit(torch.full((65,), value)).codes[-1] & 15 == 7
+
+
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 def test_tiny_and_huge_magnitudes():
     for scale in (1e-44, 1e-40, 1e-38, 1e-30, 1e30, 3e38):

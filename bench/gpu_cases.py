@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import pyfinetune as pf
-from pyfinetune.bench import bench_linear_cross_entropy, bench_lora_linear, bench_step, elementwise, peers
+from pyfinetune.bench import bench_linear_cross_entropy, bench_lora_linear, bench_step, elementwise, gpu_nf4
 from pyfinetune.bench.bench_glu import _plain as plain_glu
 from pyfinetune.bench.bench_rms_norm import _plain as plain_norm
 from pyfinetune.bench.bench_rope import _plain as plain_rope
-from pyfinetune.bench.ceilings import sets_beyond_cache
-from pyfinetune.bench.checks import close_to_exact, same_bits
+from pyfinetune.bench.checks import close_to_exact
 from pyfinetune.bench.gpu_attention import attention_cases, flex_case
 from pyfinetune.bench.gpu_step import CappedStep, capped_cases, step_cases
 from pyfinetune.bench.gpu_timing import GpuCase
@@ -35,77 +34,6 @@ def _liger(module: str, function: str) -> tuple[Callable | None, str]:
         return getattr(importlib.import_module(_LIGER + module), function).apply, ""
     except (ImportError, AttributeError) as error:
         return None, f"not installed ({error})"
-
-
-# --- nf4
-
-
-def _build_decode(device: torch.device, rows: int, cols: int, double_quant: bool) -> Setup:
-    bytes_each = rows * cols // 2
-    weights = [torch.randn(rows, cols, device=device).bfloat16() for _ in range(sets_beyond_cache(bytes_each, device))]
-    packed = [pf.ops.quantize_4bit(weight, _BLOCK, "nf4", double_quant) for weight in weights]
-    with pf.use_backend("reference"):
-        expected = pf.ops.dequantize_4bit(packed[0])
-    setup = Setup({OURS: lambda i: pf.ops.dequantize_4bit(packed[i % len(packed)])}, {})
-    # There are two implementations; the one that is not chosen is worth knowing, too.
-    chosen = {choice.backend: choice.reason for choice in pf.explain("dequantize_4bit", packed[0]).choices}
-    for backend in ("cuda", "triton"):
-        if chosen[backend] is None or chosen[backend] == "a faster backend was chosen":
-
-            def forced(i, backend=backend):
-                with pf.use_backend(backend):
-                    return pf.ops.dequantize_4bit(packed[i % len(packed)])
-
-            setup.calls[f"{OURS}, {backend}"] = forced
-    bnb, why = peers.find("bitsandbytes")
-    if bnb is None:
-        setup.missing["bitsandbytes"] = why
-    else:
-        encode = functools.partial(
-            bnb.functional.quantize_4bit, blocksize=_BLOCK, quant_type="nf4", compress_statistics=double_quant
-        )
-        states = [encode(weight) for weight in weights]
-        setup.calls["bitsandbytes"] = lambda i: bnb.functional.dequantize_4bit(*states[i % len(states)])
-    del weights
-    setup.check |= {
-        name: lambda call=call: same_bits([call(0)], [expected], ["weight"]) for name, call in setup.calls.items()
-    }
-    return setup
-
-
-def _build_encode(device: torch.device, rows: int, cols: int, double_quant: bool) -> Setup:
-    weight = torch.randn(rows, cols, device=device).bfloat16()
-    with pf.use_backend("reference"):
-        expected = pf.ops.quantize_4bit(weight, _BLOCK, "nf4", double_quant)
-    calls = {OURS: lambda i: pf.ops.quantize_4bit(weight, _BLOCK, "nf4", double_quant)}
-    bnb, why = peers.find("bitsandbytes")
-    missing = {} if bnb else {"bitsandbytes": why}
-    if bnb:
-        calls["bitsandbytes"] = lambda i: bnb.functional.quantize_4bit(
-            weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=double_quant
-        )
-
-    def check(name):
-        made = calls[name](0)
-        return same_bits([made.codes if name == OURS else made[0]], [expected.codes], ["codes"])
-
-    return Setup(calls, {name: functools.partial(check, name) for name in calls}, missing)
-
-
-def _nf4(quick: bool) -> list[GpuCase]:
-    shapes = [(256, 256), (256, 512)] if quick else [(4096, 4096), (14336, 4096)]
-    cases = []
-    for (rows, cols), nested in [(shapes[0], True), (shapes[1], True), (shapes[0], False)]:
-        size = rows * cols
-        scales = size / _BLOCK * (1 + 1 / 64 if nested else 4)
-        note = ", double-quantized" if nested else ""
-        decode = functools.partial(_build_decode, rows=rows, cols=cols, double_quant=nested)
-        encode = functools.partial(_build_encode, rows=rows, cols=cols, double_quant=nested)
-        total = size / 2 + scales + 2 * size
-        goal = "≥ 1.8x bitsandbytes, ≥ 85 % of copy rate"
-        cases.append(GpuCase("nf4", f"decode NF4 {rows}x{cols} to bf16{note}", decode, bytes=total, goal=goal))
-        cases.append(GpuCase("nf4", f"encode NF4 {rows}x{cols} from bf16{note}", encode, bytes=total))
-    return cases
 
 
 # --- norms, gates, rotary embedding
@@ -471,8 +399,8 @@ def _capped(size: str, gibibytes: int) -> Group:
 
 # The most telling ones first: time may run out.
 GROUPS: dict[str, Group] = {
-    "nf4": Group(_nf4, 20),
-    "lora_linear": Group(_lora, 55),
+    "nf4": Group(gpu_nf4.cases, 40),
+    "lora_linear": Group(_lora, 45),
     "varlen_attn": Group(attention_cases, 35),
     "linear_cross_entropy": Group(_head, 30),
     "whole step": Group(step_cases, 55),
@@ -482,5 +410,5 @@ GROUPS: dict[str, Group] = {
     "24 GiB": _capped("8B", 24),
     "rows": Group(_rows, 20),
     "step": Group(_step, 25),
-    "compiled": Group(_compiled, 40),
+    "compiled": Group(_compiled, 30),
 }

@@ -47,8 +47,9 @@ _GRACE = 5  # seconds from asking a process to end until it is made to
 _SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 _SANITIZER_WHEEL = "nvidia/*/bin/compute-sanitizer"  # where the wheel of that name has it
 # Whatever torch asks of the driver in vain is none of ours; children are compilers.
-_WATCHED = ("--tool", "memcheck", "--error-exitcode", "86", "--target-processes", "application-only")
-_WATCHED += ("--report-api-errors", "no", "--padding", "64")
+_WATCHED = ("--error-exitcode", "86", "--target-processes", "application-only", "--report-api-errors", "no")
+_MEMCHECK = ("--tool", "memcheck", *_WATCHED, "--padding", "64")
+_RACECHECK = ("--tool", "racecheck", *_WATCHED)
 CANNOT = "cannot run here"
 _running: set[subprocess.Popen] = set()
 _UNSUPPORTED = ("Device not supported",)  # what the sanitizer says in some virtual machines
@@ -120,12 +121,15 @@ def test_parts(tests: Path, folder: Path, dry_run: bool, sanitizer: str | None) 
         environment = {**common, **environment, "PYFINETUNE_TEST_LINES": str(lines)}
         return Part(name, "tests", command, _TESTS, lines, environment, alone=False)
 
-    only_gpu = tests / "test_gpu.py"
-    parts = [part("GPU alone", _pytest([only_gpu]), {})]
+    only_gpu, cuda = tests / "test_gpu.py", tests / "test_gpu_nf4.py"
+    parts = [part("GPU alone", _pytest([only_gpu]), {}), part("CUDA C++", _pytest([cuda]), {})]
     if sanitizer is not None and not dry_run:
         # Without the caching allocator, so that each tensor has bounds of its own that can be watched.
-        command = [sanitizer, *_WATCHED, *_pytest([only_gpu], "-k", "test_small and bfloat16")]
-        parts.append(part("compute-sanitizer", command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+        uncached, small = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "(test_small or test_products) and bfloat16"
+        command = [sanitizer, *_MEMCHECK, *_pytest([only_gpu, cuda], "-k", small)]
+        parts.append(part("compute-sanitizer", command, uncached))
+        command = [sanitizer, *_RACECHECK, *_pytest([cuda], "-k", "test_products and bfloat16")]
+        parts.append(part("racecheck", command, uncached))
     return parts + [part(path.stem, _pytest([path]), of_op) for path in _triton_tests(tests)]
 
 

@@ -85,10 +85,11 @@ def check(
     """Find what would spoil a run before it starts, without loading weights; exits 2 when there is an error."""
     from rich.console import Console
 
+    from pyfinetune.train.forecast import memory_lines
     from pyfinetune.train.preflight import examine_file
     from pyfinetune.train.preflight_view import show
 
-    found = examine_file(config)
+    found = examine_file(config, memory_lines)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,33 @@ class TestCommand:
         if not torch.cuda.is_available():
             with pytest.raises(UserError, match=r"cuda was asked for"):
                 ask(device="cuda")
+
+
+class TestCheck:
+    @pytest.fixture(name="folder")
+    def folder_of_a_model_with_weights(self, folder, tmp_path):
+        copied = shutil.copytree(folder, tmp_path / "model")
+        (copied / "model.safetensors").touch()  # that it is there is looked at, what is in it is not
+        return str(copied)
+
+    def test_it_says_how_much_memory_a_run_takes(self, folder, tmp_path):
+        path = run_file(folder, tmp_path)
+        shown = CliRunner().invoke(app, ["check", str(path)])
+        assert shown.exit_code == 0, shown.output
+        size = float(re.search(r"peak memory: about ([\d.]+) GiB on the cpu", shown.output)[1])
+        made = forecast(given_config(str(path), {}), quick=True, gpus=())
+        assert size == pytest.approx((made.total + made.holes) / 2**30, abs=0.2)
+
+    def test_what_cannot_be_predicted_can_be_trained(self, monkeypatch, folder, tmp_path):
+        def refuse(*args, **kwargs):
+            raise UserError("the layers are unequal", fix="none")
+
+        monkeypatch.setattr(module, "forecast", refuse)
+        shown = CliRunner().invoke(app, ["check", str(run_file(folder, tmp_path)), "--json"])
+        assert shown.exit_code == 0, shown.output
+        found = json.loads(shown.output)
+        assert found["prediction"] == ["peak memory: not predicted (the layers are unequal)"]
+        assert found["ok"]
 
 
 @pytest.mark.slow

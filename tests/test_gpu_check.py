@@ -137,6 +137,9 @@ class TestParts:
         assert part.command[watched : watched + 3] == [sys.executable, "-m", "pytest"]
         assert part.command[watched:].count(str(ROOT / "tests" / "test_gpu.py")) == 1
         assert part.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        assert parts["racecheck"].command[:3] == ["/the/sanitizer", "--tool", "racecheck"]
+        for name in ("compute-sanitizer", "racecheck", "CUDA C++"):
+            assert str(ROOT / "tests" / "test_gpu_nf4.py") in parts[name].command
         # On the GPU the tests of the ops make their tensors there; test_gpu.py does so by itself.
         assert parts["test_rope"].environment["PYFINETUNE_TEST_DEVICE"] == "cuda"
 

@@ -28,8 +28,8 @@ CPU_HOLES = 0.05
 # bench/results/cpu-epyc-zen4-2-threads-step.json, with this package's kernels and without.
 SHARE_OF_PEAK = {True: (0.66, 0.77), False: (0.14, 0.37)}
 # What a CPU process grows by beside tensors: thread stacks, and oneDNN's code for each shape; the second where the
-# kernels' probes have made more of it in bfloat16. Measured with `python -m pyfinetune.bench.plan_check` on one 29M
-# model and 64 tokens, where tensors hardly count: 33, 35 and 82 MiB.
+# kernels' probes have made more of it in bfloat16. Fitted: what was left of the growth of a 29M model's process over 64
+# tokens, where tensors hardly count (33, 35 and 82 MiB); `python -m pyfinetune.bench.plan_check` holds the sums.
 _LIBRARIES = {False: 34 << 20, True: 82 << 20}
 _ADAMW_PASSES = 7  # it reads parameter, gradient and two moments, and writes back all but the gradient
 
@@ -219,6 +219,28 @@ def forecast(
         seconds=None if quick else step_seconds(settings, step, device),
         fits=tuple(fits(settings, gpus)),
     )
+
+
+def memory_lines(config: RunConfig, found: Any = None) -> list[str]:
+    """What `pyfinetune check` says about memory, with rows taken as full and nothing measured.
+
+    Args:
+        config: the run's configuration.
+        found: what the check has found; not looked at.
+
+    Returns:
+        A line; where nothing can be predicted it says why, which keeps no run from starting.
+
+    Example:
+        >>> memory_lines(load_config("run.yaml"))  # doctest: +SKIP
+        ['peak memory: about 2.1 GiB on the cpu, rows taken as full; pyfinetune plan gives its parts and the hours']
+    """
+    try:
+        made = forecast(config, quick=True, gpus=())
+    except UserError as error:
+        return [f"peak memory: not predicted ({error.message})"]
+    size = f"{(made.total + made.holes) / 2**30:,.1f} GiB on the {made.settings.device}"
+    return [f"peak memory: about {size}, rows taken as full; pyfinetune plan gives its parts and the hours"]
 
 
 def _positions(model: str) -> int | None:

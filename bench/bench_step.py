@@ -25,7 +25,7 @@ _QUICK = _FULL | {"vocab_size": 1024, "hidden_size": 192, "intermediate_size": 3
 _QUICK |= {"num_attention_heads": 3, "num_key_value_heads": 1}
 
 
-def _batch(documents: list[int], vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
+def packed_batch(documents: list[int], vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
     """One row of packed documents; a single one needs no positions."""
     ids = torch.randint(vocabulary, (1, sum(documents)), device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in documents])[None]
@@ -58,8 +58,8 @@ def build(device: torch.device, recipe: Recipe, documents: list[int]) -> Setup:
     """The step of every way to train such a model; all have the same weights and adapters."""
     ways = step_models.make(recipe, device)
     vocabulary = recipe.vocabulary
-    batch = _batch(documents, vocabulary, device)
-    small = _batch([min(length, 64) for length in documents[:2]], vocabulary, device)
+    batch = packed_batch(documents, vocabulary, device)
+    small = packed_batch([min(length, 64) for length in documents[:2]], vocabulary, device)
     exact = _step(ways.exact, small)
     ways.exact = None  # it is the largest of them
     plain = _step(ways.models[ways.plain], small)

@@ -18,7 +18,7 @@ from torch import nn
 
 import pyfinetune as pf
 from pyfinetune.bench import peers
-from pyfinetune.bench.bench_step import _batch as packed_batch
+from pyfinetune.bench.bench_step import packed_batch
 from pyfinetune.bench.gpu_timing import GpuCase
 from pyfinetune.bench.harness import OURS, Setup, Verdict
 
@@ -195,7 +195,7 @@ def _build_step(device: torch.device, size: str, documents: int, length: int) ->
     """A step of ours and of the peer, of the same weights, adapters and tokens."""
     base = build_base(size, device)
     name, other, missing = _peer_of(base, size)
-    batch = packed_batch(documents, length, SIZES[size]["vocab_size"], device)
+    batch = packed_batch([length] * documents, SIZES[size]["vocab_size"], device)
     runs = {OURS: Trained(add_adapters(base), batch), name: Trained(add_adapters(other), batch)}
     report = pf.patch(runs[OURS].model)
 
@@ -295,7 +295,7 @@ class CappedStep:
 
     def _trained(self, device: torch.device) -> dict[str, Any]:
         base = build_base(self.size, device)
-        batch = packed_batch(self.documents, self.length, SIZES[self.size]["vocab_size"], device)
+        batch = packed_batch([self.length] * self.documents, SIZES[self.size]["vocab_size"], device)
         run = Trained(add_adapters(base), batch)
         report = pf.patch(run.model)
         verdict = judge(run.losses(), None)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import pytest
 import torch
 import transformers
-from tiny_model import make_model
+from tiny_model import make_model, tiny_fixture  # noqa: F401
 from torch import nn
 from trainer_runs import arguments, rows
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train.schedules import FreezingSchedule, GradualUnfreezing, HalfFineTuning, depths, layerwise_groups
+from pyfinetune.train.config import parse_config
+from pyfinetune.train.run import train
+from pyfinetune.train.schedules import (
+    FreezingSchedule,
+    GradualUnfreezing,
+    HalfFineTuning,
+    depths,
+    layerwise_groups,
+    schedules_of,
+)
 
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
@@ -204,3 +214,62 @@ class TestLayerwise:
     def test_a_rate_that_grows_is_refused(self, decay):
         with pytest.raises(UserError, match="layerwise_lr_decay is"):
             layerwise_groups(make_model(), [], decay)
+
+
+class TestRuns:
+    """The same, as a run's YAML file asks for it."""
+
+    def config(self, tiny, tmp_path, name, **changes):
+        (tmp_path / "sums.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f"{i + 1}"}) + "\n" for i in range(16))
+        )
+        trainer = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+        content = {"model_name_or_path": tiny, "train_file": str(tmp_path / "sums.jsonl"), "method": "full"}
+        content |= {"output_dir": str(tmp_path / name), "max_length": 64, "device": "cpu", "report": False}
+        return parse_config({**content, "trainer": trainer, **changes})
+
+    @pytest.mark.parametrize("freeze", ["half", "gradual"])
+    def test_what_is_frozen_keeps_its_bits(self, tiny, tmp_path, freeze):
+        watch = Watch()
+        train(self.config(tiny, tmp_path, "out", freeze=freeze, freeze_every=2), callbacks=[watch])
+        assert len({frozenset(learning) for learning in watch.learning}) == 3
+        for step, learning in enumerate(watch.learning):
+            moved = changed(watch.weights[step], watch.weights[step + 1])
+            assert moved
+            assert moved <= learning
+        assert changed(watch.weights[0], watch.weights[2]) < changed(watch.weights[0], watch.weights[-1])
+
+    def test_rates_fall_with_depth(self, tiny, tmp_path):
+        seen = []
+
+        class Rates(transformers.TrainerCallback):
+            def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+                seen.append([group["lr"] for group in optimizer.param_groups])
+
+        changes = {"layerwise_lr_decay": 0.5, "method": "lora"}
+        train(self.config(tiny, tmp_path, "out", **changes), callbacks=[Rates()])
+        assert all(rates == [rates[1] / 2, rates[1]] for rates in seen)
+        assert seen[0][1] == 1e-3 > seen[-1][1], "the schedule goes on over both"
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"freeze": "half", "method": "lora"}, "freeze: half is for method: full; lora has frozen"),
+            ({"freeze_every": 3}, "freeze_every belongs to freeze"),
+            ({"freeze": "thirds"}, "freeze: 'thirds' will not do"),
+            ({"freeze": "half", "freeze_every": 0}, "freeze_every: 0 will not do"),
+            ({"layerwise_lr_decay": 1.5}, "layerwise_lr_decay: 1.5 will not do"),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path, changes, message):
+        with pytest.raises(UserError, match=message):
+            self.config("m", tmp_path, "out", **changes)
+
+    def test_rounds_fit_the_run(self, tmp_path):
+        model = make_model(layers=3)
+        for freeze, every in (("half", 100), ("gradual", 100)):
+            (schedule,) = schedules_of(self.config("m", tmp_path, "out", freeze=freeze), model, 1000)
+            assert schedule.every == every
+        assert schedules_of(self.config("m", tmp_path, "out"), model, 1000) == []
+        (schedule,) = schedules_of(self.config("m", tmp_path, "out", freeze="half"), model, 3)
+        assert schedule.every == 1

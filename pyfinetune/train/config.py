@@ -77,6 +77,10 @@ class RunConfig(Source):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
 
+    freeze: Literal["half", "gradual"] | None = None
+    freeze_every: int | None = Field(default=None, ge=1)
+    layerwise_lr_decay: float | None = Field(default=None, gt=0, le=1)
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn_implementation: str | None = None
@@ -128,6 +132,10 @@ class RunConfig(Source):
         split = self.test_size is not None or self.validation_size is not None
         if self.group_column is not None and not split:
             raise ValueError("group_column says how rows are parted; add test_size (for example 0.1)")
+        if self.freeze == "half" and self.method != "full":
+            raise ValueError(f"freeze: half is for method: full; {self.method} has frozen the model already")
+        if self.freeze_every is not None and self.freeze is None:
+            raise ValueError("freeze_every belongs to freeze, which is not set")
         for key in ("early_stopping_patience", "eval_steps", "hpo"):
             if getattr(self, key) is not None and not (given or split):
                 raise ValueError(f"{key} needs held-out rows; add validation_file or test_size (for example 0.1)")

@@ -20,6 +20,7 @@ from pyfinetune.errors import PyfinetuneError, UserError
 from pyfinetune.train import checkpoints
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.packing import IGNORED, RowDataset, collate, is_flat
+from pyfinetune.train.schedules import layerwise_groups
 
 _MOST_STEPS_BETWEEN = 500  # between checkpoints of a long run
 
@@ -39,8 +40,17 @@ class RunTrainer(Trainer):
         self.tokens_seen = 0
         self._run_dir: str | None = None  # where a checkpoint is being written, while it is
         self._to_push: str | None = None
+        self.layerwise_lr_decay: float | None = None
         if not self.model_accepts_loss_kwargs:  # a model that averages each batch by itself, whatever the accumulation
             self.compute_loss_func = _token_weighted_loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, its groups split by depth where the learning rate falls with it."""
+        anew = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if anew and self.layerwise_lr_decay is not None:
+            optimizer.param_groups[:] = layerwise_groups(self.model, optimizer.param_groups, self.layerwise_lr_decay)
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Batches of one optimizer step, with their token counts taken off."""
@@ -241,6 +251,9 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available() and config.device != "cpu",
         "bf16": bf16,
     }
+    if config.freeze is not None:
+        # A weight that is frozen for now has no gradient, for which the other processes would wait.
+        values["ddp_find_unused_parameters"] = True
     if config.early_stopping_patience is not None:
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if given.get("fp16"):
@@ -302,6 +315,7 @@ def build_trainer(
     tokenizer: Any,
     max_length: int,
     early_stopping_patience: int | None = None,
+    layerwise_lr_decay: float | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> RunTrainer:
     """Put model, rows and arguments together.
@@ -314,6 +328,7 @@ def build_trainer(
         tokenizer: saved beside every checkpoint; its end token fills rows up where it has no padding token.
         max_length: no row is filled up beyond it.
         early_stopping_patience: evaluations without a better held-out loss before the run stops; None never stops.
+        layerwise_lr_decay: what a block's learning rate is of the next one's; None for equal rates.
         callbacks: more callbacks.
 
     Returns:
@@ -338,6 +353,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.layerwise_lr_decay = layerwise_lr_decay
     trainer.remove_callback(PrinterCallback)
     trainer.callback_handler.callbacks.insert(0, SumsSoFar(trainer))  # the others read what it restores
     return trainer

@@ -209,6 +209,7 @@ def _fit(
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
+    from pyfinetune.train.schedules import schedules_of
 
     out = Path(config.output_dir)
     arguments = training_arguments(
@@ -219,6 +220,7 @@ def _fit(
         from_start=start is None,
     )
     metrics, bar, stop = RunMetrics(out / "metrics.jsonl"), ProgressBar(console), Interruption(console)
+    steps = total_steps(arguments, len(rows.train))
     trainer = build_trainer(
         model,
         arguments,
@@ -227,7 +229,8 @@ def _fit(
         tokenizer=tokenizer,
         max_length=config.max_length,
         early_stopping_patience=config.early_stopping_patience,
-        callbacks=[metrics, bar, stop, *callbacks],
+        layerwise_lr_decay=config.layerwise_lr_decay,
+        callbacks=[metrics, bar, stop, *schedules_of(config, model, steps), *callbacks],
     )
     metrics.trainer = trainer
     record = manifest.describe_run(config, device, {"sha256": data.sha256, "format": data.format, **rows.counts}, model)
@@ -241,7 +244,6 @@ def _fit(
         manifest.write_manifest(out / "run.json", record)
         metrics.keep_until(-1 if start is None else int(start.name.rsplit("-", 1)[-1]))
         results.answer_before(config, model, tokenizer, rows.held_out or rows.train, anew=start is None)
-    steps = total_steps(arguments, len(rows.train))
     outcome = None
     try:
         if start is not None and nothing_left(start, steps, config.early_stopping_patience):

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from pyfinetune.errors import UserError
+from pyfinetune.train.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +237,33 @@ class GradualUnfreezing(FreezingSchedule):
         if len(order) > 1 and all(self.parameters[name].dim() < 2 for name in parts[order[0]]):
             round += 1
         return {name for depth in order[: round + 1] for name in parts[depth]}
+
+
+def schedules_of(config: RunConfig, model: nn.Module, steps: int) -> list[FreezingSchedule]:
+    """The schedules that a run's configuration asks for.
+
+    Args:
+        config: the run's configuration; without `freeze_every`, half of the model is drawn ten times a run, and gradual
+            unfreezing reaches the embeddings halfway.
+        model: the model as it will be trained.
+        steps: optimizer steps of the run.
+
+    Returns:
+        None or one.
+
+    Raises:
+        UserError: the model has no stack of blocks.
+
+    Example:
+        >>> schedules_of(config, model, 1000)[0].every  # doctest: +SKIP
+        100
+    """
+    if config.freeze is None:
+        return []
+    found = depths(model)
+    rounds = 10 if config.freeze == "half" else 2 * (found.blocks + 2)
+    every = config.freeze_every or max(1, steps // rounds)
+    return [HalfFineTuning(every, config.seed) if config.freeze == "half" else GradualUnfreezing(every)]
 
 
 def _kind(name: str, parameter: nn.Parameter) -> str:

@@ -53,7 +53,8 @@ const measure = () => {
   document.getElementById("measures").textContent = JSON.stringify({
     title: page.title, text: page.body.innerText, height: root.scrollHeight,
     overflow: Math.max(root.scrollWidth, page.body.scrollWidth) - width, wide: [...new Set(wide)],
-    scripts: page.scripts.length,
+    scripts: page.scripts.length, pictures: page.images.length,
+    broken: [...page.images].filter((picture) => !picture.complete || !picture.naturalWidth).length,
     external: [...page.querySelectorAll("[src], link[href], image[href], use[href], object[data]")].map(
       (e) => e.getAttribute("src") ?? e.getAttribute("href") ?? e.getAttribute("data")
     ).filter((address) => !/^(data:|#)/.test(address)),
@@ -75,6 +76,8 @@ class Page:
         overflow: pixels by which the page is wider than its window; 0 where nobody has to scroll sideways.
         wide: names of the elements that stick out, those within a scrolled or clipped box left aside.
         scripts: script elements in the document.
+        pictures: images in the document.
+        broken: how many of them do not show.
         external: addresses of the pictures, scripts, frames and styles that are not in the file itself.
         screenshot: the picture of the whole page, or None where none was asked for.
     """
@@ -86,6 +89,8 @@ class Page:
     overflow: int
     wide: list[str]
     scripts: int
+    pictures: int
+    broken: int
     external: list[str]
     screenshot: Path | None = None
 

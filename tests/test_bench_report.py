@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-import subprocess
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from chromium import open_page
 from rich.console import Console
 
 from pyfinetune.bench import plots
@@ -24,17 +23,6 @@ from pyfinetune.bench.steps import LIMIT, breakdowns, step_lines
 from pyfinetune.errors import UserError
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def timed(milliseconds: float, **more) -> dict:
@@ -225,38 +213,13 @@ class TestPage:
         assert "<h2>Where ours is slower</h2>" in text
         assert "WRONG" in text
 
-    @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
     @pytest.mark.parametrize("width", [1280, 390])
     def test_in_a_browser(self, tmp_path, width):
         """Laid out without overflow, every picture decoded, nothing on the console, not blank."""
-        page = write_page(everything(), tmp_path)
-        # A headless window has a least width of its own: the page is looked at through a frame.
-        probe = tmp_path / "probe.html"
-        probe.write_text(PROBE.replace("WIDTH", str(width)).replace("PAGE", page.name), encoding="utf-8")
-        flags = [*FLAGS, f"--user-data-dir={tmp_path / 'user'}", "--allow-file-access-from-files", "--hide-scrollbars"]
-        more = ["--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1400,1600"]
         shot = tmp_path / "shot.png"
-        done = subprocess.run(
-            [CHROMIUM, *flags, *more, f"--screenshot={shot}", probe.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        (said,) = re.findall(r"CONSOLE.*?\"probe (.*?)\"", done.stderr)
-        assert said == f"{width} {width} 3 0"  # widths of content and window, pictures, those that do not show
-        assert len(re.findall("CONSOLE", done.stderr)) == 1, done.stderr
+        page = open_page(write_page(everything(), tmp_path), width, screenshot=shot)
+        assert (page.console, page.overflow, page.external) == ([], 0, [])
+        assert (page.pictures, page.broken) == (3, 0)
         from matplotlib.image import imread
 
-        pixels = imread(shot)[:, :width, :3]
-        assert pixels.std() > 0.05
-
-
-PROBE = """<!doctype html><body style="margin:0">
-<iframe id="f" src="PAGE" style="border:0;width:WIDTHpx;height:1600px"></iframe><script>
-f.onload = () => {
-  const page = f.contentDocument, root = page.documentElement, pictures = [...page.images];
-  const broken = pictures.filter(picture => !picture.complete || !picture.naturalWidth).length;
-  console.log('probe', root.scrollWidth, root.clientWidth, pictures.length, broken);
-};
-</script>"""
+        assert imread(shot)[:, :width, :3].std() > 0.05

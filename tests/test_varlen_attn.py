@@ -155,7 +155,9 @@ def test_backend_at_every_head_dim(backend, dtype, heads, dim):
 @every_dtype
 @every_backend
 def test_backend_with_another_head_dim_for_v(backend, dtype, dims):
-    hold_to_the_oracle(backend, [70, 9], dtype=dtype, dim=dims[0], dim_v=dims[1], heads=(4, 2), causal=False)
+    # With few keys each weight is large, and so is what numpy's float32 exp is off by, which the interpreter calls.
+    short = 41 if INTERPRETED and dtype == torch.float32 else 9
+    hold_to_the_oracle(backend, [70, short], dtype=dtype, dim=dims[0], dim_v=dims[1], heads=(4, 2), causal=False)
 
 
 # 4. layouts

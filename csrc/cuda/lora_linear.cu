@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_tile(const Product<T>& p, int64_t row, int
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) lora_linear_kernel(Product<typename S::Element> p) {
+__global__ void __launch_bounds__(S::kThreads, 2) lora_linear_kernel(Product<typename S::Element> p) {
   const float* map = load_map(p.w);
   unsigned char* stages = dynamic_shared() + kMapBytes;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;

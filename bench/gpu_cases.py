@@ -18,12 +18,12 @@ from pyfinetune.bench.bench_rms_norm import _plain as plain_norm
 from pyfinetune.bench.bench_rope import _plain as plain_rope
 from pyfinetune.bench.checks import close_to_exact
 from pyfinetune.bench.gpu_attention import attention_cases, flex_case
+from pyfinetune.bench.gpu_nf4 import LIBRARY
 from pyfinetune.bench.gpu_step import CappedStep, capped_cases, step_cases
 from pyfinetune.bench.gpu_timing import GpuCase
 from pyfinetune.bench.harness import OURS, Setup
 
 _BLOCK, _RANK, _EPS = 64, 16, 1e-6
-LIBRARY = "decode + cuBLAS"
 LIGER = "Liger"
 _LIGER = "liger_kernel.ops."
 

@@ -19,7 +19,7 @@ from pyfinetune.bench.gpu_timing import GpuCase
 from pyfinetune.bench.harness import OURS, Setup
 
 _BLOCK = 64
-_LIBRARY = "decode + cuBLAS"
+LIBRARY = "decode + cuBLAS"
 _BACKENDS = ("cuda", "triton")
 _SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 _ROWS = (1, 4, 16, 64, 256, 1024)
@@ -111,7 +111,7 @@ def _build_product(device: torch.device, tokens: int, rows: int, cols: int) -> S
     x = torch.randn(tokens, cols, device=device).bfloat16()
     setup = Setup({}, {})
     _add_ours(setup, lambda i: pf.ops.lora_linear(x, packed[i % len(packed)], None, None, 1.0))
-    setup.calls[_LIBRARY] = lambda i: x @ pf.ops.dequantize_4bit(packed[i % len(packed)]).T
+    setup.calls[LIBRARY] = lambda i: x @ pf.ops.dequantize_4bit(packed[i % len(packed)]).T
     if _bitsandbytes(setup) is not None:
         layers = [peers.bnb_linear(weight) for weight in weights]
         setup.calls["bitsandbytes"] = lambda i: layers[i % len(layers)](x)
@@ -135,7 +135,7 @@ def _build_dx(device: torch.device, tokens: int, rows: int, cols: int) -> Setup:
         return torch.ops.pyfinetune.lora_linear_bwd(dout, x, *base, *adapter, *results, *needs)[0]
 
     _add_ours(setup, ours)
-    setup.calls[_LIBRARY] = lambda i: dout @ pf.ops.dequantize_4bit(packed[i % len(packed)])
+    setup.calls[LIBRARY] = lambda i: dout @ pf.ops.dequantize_4bit(packed[i % len(packed)])
     dense = pf.ops.dequantize_4bit(packed[0])
     _judge(setup, dout.double() @ dense.double(), dout @ dense, "dx")
     return setup

@@ -16,7 +16,7 @@ import torch
 from pyfinetune.errors import UserError
 from pyfinetune.planner import Plan
 from pyfinetune.train.config import RunConfig, load_config, parse_config
-from pyfinetune.train.model import choose_device, read_config
+from pyfinetune.train.model import check_length, choose_device, read_config
 from pyfinetune.train.planning import PLANNED, Settings, checkpointing_key, process_base, settings_of, step_plan
 
 GPU_SIZES = (8, 12, 16, 24)  # GB, as they are sold
@@ -198,12 +198,7 @@ def forecast(
     settings, steps, tokens = settings_of(config, device, documents), None, None
     if has_data and not quick:
         settings, steps, tokens = _with_data(config, settings)
-    longest = _positions(settings.model)
-    if longest is not None and settings.length > longest:
-        raise UserError(
-            f"max_length: {settings.length} is beyond the {longest} positions of {settings.model}",
-            fix=f"set max_length: {longest} or less",
-        )
+    check_length(read_config(settings.model), settings.length, settings.model)
     step = step_plan(settings)
     on_cpu = device.type == "cpu"
     bf16_kernels = settings.patch and torch.bfloat16 in (settings.dtype, settings.autocast)
@@ -250,7 +245,7 @@ def _positions(model: str) -> int | None:
 def _with_data(config: RunConfig, settings: Settings) -> tuple[Settings, int, int]:
     """The settings with rows as long as the data's, the run's steps, and tokens a step."""
     from pyfinetune.train.loop import total_steps, training_arguments
-    from pyfinetune.train.run import prepare_rows, read_data
+    from pyfinetune.train.reading import prepare_rows, read_data
     from pyfinetune.train.tokenizing import load_tokenizer
 
     data = read_data(config)

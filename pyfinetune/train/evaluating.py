@@ -418,7 +418,7 @@ def _score(
     """Fill in the metrics of the answers, and write the answers down."""
     right = [reference_of(example, result.task) for example in examples]
     said = [answer.prediction for answer in answers]
-    silent = sum(not answer.text and not answer.tokens_out for answer in answers)
+    silent = sum(not answer.fits for answer in answers)
     if silent:
         result.notes.append(f"{silent:,} rows are too long for the model and are answered by nothing")
     options: dict[str, Any] = {"labels": labels, "seed": request.seed}

@@ -40,6 +40,11 @@ class System:
     chat_template: str = "auto"
     eos_token: str | None = None
 
+    @property
+    def is_prompted(self) -> bool:
+        """Whether its model was not tuned by a run: the prompt is all that tells it what is wanted."""
+        return self.found.run is None
+
 
 class LoadedModel:
     """A model that is loaded when it is first asked for, and not at all where every answer is there.

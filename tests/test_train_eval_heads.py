@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_train_heads import encoder_decoder_fixture, encoder_fixture, settings  # noqa: F401
-from tiny_heads import people, questions, reviews, translations, write_rows
+from tiny_heads import people, preferences, questions, reviews, translations, write_rows
 from tiny_model import tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import UserError
@@ -88,3 +88,9 @@ def test_a_small_encoder_is_compared_with_a_prompted_language_model(encoder, tin
     with pytest.raises(UserError, match="cannot be prompted") as caught:
         compare(parse_compare(given))
     assert "models:" in str(caught.value)
+
+
+def test_a_reward_model_answers_nothing(tiny, tmp_path):
+    out, _ = trained(tiny, preferences(), tmp_path, trainer={"max_steps": 2})
+    with pytest.raises(UserError, match="reward model"):
+        evaluate(EvalRequest(out, device="cpu"))

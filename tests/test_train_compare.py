@@ -241,6 +241,8 @@ def test_a_configuration_is_a_file_or_a_folder(tmp_path):
     path = tmp_path / "compare.yaml"
     path.write_text("run: a\noutput_dir: b\nslices: topic\n")
     assert load_compare(path).slices == ["topic"]
+    with pytest.raises(UserError, match=r"pyfinetune compare compare\.yaml"):
+        load_compare(tmp_path / "nope.yaml")
     with pytest.raises(UserError, match="run is missing"):
         parse_compare({})
 

@@ -80,7 +80,7 @@ def test_an_unknown_ending_is_plain_text_where_the_rows_of_one_are_named(tmp_pat
     plain = write(tmp_path / "reviews.pos", "fine\ngrand\n")
     packed = write(tmp_path / "corpus.en.gz", gzip.compress(b"a dog\na cat\n"))
     assert [row.fields["text"] for row in load_rows([plain, packed], "line")] == ["fine", "grand", "a dog", "a cat"]
-    with pytest.raises(UserError, match="unknown kind of file '.pos'") as caught:
+    with pytest.raises(UserError, match=r"unknown kind of file '\.pos'") as caught:
         load_rows([plain])
     assert "sample_by: line" in caught.value.fix
     rows = load_rows([write(tmp_path / "a.jsonl", json.dumps(PAIR))], "line")

@@ -7,7 +7,7 @@ later row that lacks its fields, leaves its answer empty, or has another format 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyfinetune.errors import UserError
@@ -94,6 +94,7 @@ class Example:
         text: the raw text; empty for a conversation.
         tools: tool descriptions handed to the chat template, or None.
         fields: of a task's row its columns, for a model with a head of its own; empty for the other formats.
+        columns: all columns of the row, whatever its format.
     """
 
     place: str
@@ -102,6 +103,7 @@ class Example:
     text: str = ""
     tools: list[Any] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_examples(
@@ -215,7 +217,7 @@ def _converted(row: Row, expected: str, first: Row, task: str) -> Example:
             f"{row.place}: has no '{missing}' (its columns: {_listed(row)})",
             f"every {_NAMES[expected]} row needs {' and '.join(wanted)}; fill in or remove the row",
         )
-    return _CONVERT[expected](row)
+    return replace(_CONVERT[expected](row), columns=row.fields)
 
 
 def _listed(row: Row) -> str:

@@ -19,7 +19,7 @@ import yaml
 from pyfinetune.errors import UserError
 from pyfinetune.train import answers, curves, manifest
 
-_TEMPLATE = Path(__file__).parent / "report.html.jinja"
+_TEMPLATE = "report.html.jinja"
 _NO_CURVES = "The curves need matplotlib: pip install matplotlib"
 _COUNTS = (
     ("examples", "examples"),
@@ -50,7 +50,6 @@ def write_report(output_dir: str | Path) -> Path:
         >>> write_report("out")  # doctest: +SKIP
         PosixPath('out/report.html')
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     out = Path(output_dir)
@@ -63,17 +62,36 @@ def write_report(output_dir: str | Path) -> Path:
             Markup(curves.draw(curve, out / "plots" / f"{curve.name}.png"))  # matplotlib's own, of numbers alone
             for curve in curves.series(curves.read_metrics(out / "metrics.jsonl"))
         ]
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template(_TEMPLATE.name).render(
+    facts = dict(
         **_facts(record),
         curves=drawn,
         no_curves=_NO_CURVES if not can_draw() else "No record was written.",
         samples=answers.read_samples(out),
         samples_note=_samples_note(record),
     )
-    path = out / "report.html"
+    return write_page(out / "report.html", _TEMPLATE, facts)
+
+
+def write_page(path: Path, template: str, facts: dict[str, Any]) -> Path:
+    """Write a page whole or not at all.
+
+    Args:
+        path: the file.
+        template: name of the template beside this file; all that is put into it is escaped.
+        facts: what it shows.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> write_page(Path("out/report.html"), "report.html.jinja", facts)  # doctest: +SKIP
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template(template).render(**facts)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(page, encoding="utf-8")
     os.replace(fresh, path)

@@ -118,7 +118,7 @@ def read_data(config: RunConfig, near: bool = False) -> Data:
     train, held_out, test = _split(parts, held, config)
     if config.test_file is not None:
         source = _with_task(origins[0], config)
-        rows = _file_rows(config.test_file, source)
+        rows = file_rows(config.test_file, source)
         test = _examples(rows, source, config, "test", findings).examples
     _check_formats(train, held_out, config)
     train = _without_leaks(train, held_out, test, config, near, findings)
@@ -180,7 +180,23 @@ def _with_task(source: Source, config: RunConfig) -> Source:
     return source.model_copy(update={"task": config.task}) if source.task == "auto" else source
 
 
-def _file_rows(files: Files, source: Source) -> list[Row]:
+def file_rows(files: Files, source: Source) -> list[Row]:
+    """The rows of files, as a source has them read.
+
+    Args:
+        files: a path, several, or a name to a path.
+        source: its task says whether names are labels or columns.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UserError: a file is at fault.
+
+    Example:
+        >>> len(file_rows("test.jsonl", source))  # doctest: +SKIP
+        500
+    """
     if isinstance(files, dict):
         return load_labelled_rows(files) if source.task == "classification" else load_aligned_rows(files)
     return load_rows(as_paths(files), source.sample_by)
@@ -189,13 +205,13 @@ def _file_rows(files: Files, source: Source) -> list[Row]:
 def _training_rows(source: Source) -> list[Row]:
     if source.dataset_name is not None:
         return load_dataset_rows(source.dataset_name, source.dataset_config_name, source.dataset_train_split)
-    return _file_rows(source.train_file, source)
+    return file_rows(source.train_file, source)
 
 
 def _held_out_rows(source: Source) -> list[Row]:
     if source.dataset_test_split is not None:
         return load_dataset_rows(source.dataset_name, source.dataset_config_name, source.dataset_test_split)
-    return _file_rows(source.validation_file, source) if source.validation_file is not None else []
+    return file_rows(source.validation_file, source) if source.validation_file is not None else []
 
 
 def _examples(

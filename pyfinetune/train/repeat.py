@@ -10,7 +10,7 @@ from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, parse_config
 from pyfinetune.train.manifest import read_manifest
 
-_PATHS = ("train_file", "validation_file", "model_name_or_path", "dataset_name", "resume")
+_PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path", "dataset_name", "resume")
 
 
 def load_repeat(path: str | Path, output_dir: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
@@ -42,7 +42,7 @@ def load_repeat(path: str | Path, output_dir: str | None = None) -> tuple[RunCon
     values = {key: value for key, value in record["config"].items() if value is not None}
     for key in _PATHS:
         if key in values:
-            values[key] = _found_from(started_in, values[key])
+            values[key] = found_from(started_in, values[key])
     own = os.path.join(started_in, values["output_dir"])
     values["output_dir"] = output_dir or f"{own.rstrip('/')}-repeat"
     if Path(values["output_dir"]).resolve() in (Path(own).resolve(), path.parent.resolve()):
@@ -50,9 +50,23 @@ def load_repeat(path: str | Path, output_dir: str | None = None) -> tuple[RunCon
     return parse_config(values, source=str(path)), record
 
 
-def _found_from(folder: str, value: Any) -> Any:
-    """A path as it was meant in the folder the run was started in; names of the hub stay as they are."""
+def found_from(folder: str, value: Any) -> Any:
+    """A path as it was meant in the folder that a run was started in; names of the hub stay as they are.
+
+    Args:
+        folder: that folder.
+        value: a path, a list of them, a mapping to them, or a name.
+
+    Returns:
+        The same, with each path that is there from that folder joined to it.
+
+    Example:
+        >>> found_from("no-such-folder", "Qwen/Qwen2.5-0.5B")
+        'Qwen/Qwen2.5-0.5B'
+    """
+    if isinstance(value, dict):
+        return {key: found_from(folder, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_found_from(folder, item) for item in value]
+        return [found_from(folder, item) for item in value]
     there = os.path.join(folder, value)
     return there if os.path.exists(there) else value

@@ -19,6 +19,16 @@ from pyfinetune.train.search_space import HpoSection, Range, with_values
 from pyfinetune.train.sources import CleanKind, Files, Replay, Source, WeightedSource
 
 Method = Literal["lora", "qlora", "full"]
+HeadKind = Literal[
+    "auto",
+    "causal_lm",
+    "masked_lm",
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "seq2seq_lm",
+    "reward",
+]
 
 # Values that have a key of their own, so that one run has one answer to "where does it write, and from which seed".
 _OWNED_BY_CONFIG = {
@@ -37,6 +47,7 @@ _NOT_SEARCHED = {
     *("dataset_train_split", "dataset_test_split", "sources", "stopping_strategy", "replay", "test_file"),
     *("validation_size", "group_column", "clean", "hpo"),
     *("report", "report_examples", "device", "patch", "trainer", "eval_steps", "save_steps"),
+    *("head", "mlm_probability", "doc_stride", "source_prefix", "eval_generate_rows"),
 }
 
 
@@ -59,6 +70,12 @@ class RunConfig(Source):
     validation_size: float | int | None = Field(default=None, gt=0)
     group_column: str | None = None
     clean: list[CleanKind] = Field(default_factory=list)
+
+    head: HeadKind = "auto"
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1)
+    doc_stride: int = Field(default=128, ge=0)
+    source_prefix: str = ""
+    eval_generate_rows: int = Field(default=200, ge=0)
 
     method: Method = "lora"
     max_length: int = Field(default=1024, ge=2)

@@ -111,6 +111,7 @@ def to_examples(
     columns: dict[str, str] | None = None,
     task: str = "auto",
     on_fault: Callable[[int, RowFault], None] | None = None,
+    unanswered: bool = False,
 ) -> list[Example]:
     """Recognise the rows' format and bring each row into it.
 
@@ -119,6 +120,7 @@ def to_examples(
         columns: known column name to the name it has in the file, for files that use other names.
         task: `auto`, or the task that the rows have to fit; `pretrain` reads only the column `text`.
         on_fault: called with the index and the fault of each row that is left out; None raises the first.
+        unanswered: whether a question may have no answer, `answers` being empty.
 
     Returns:
         One example a row, in order.
@@ -140,7 +142,7 @@ def to_examples(
     examples = []
     for index, row in enumerate(rows):
         try:
-            examples.append(_converted(row, expected, first, task))
+            examples.append(_unanswered(row, expected, unanswered) or _converted(row, expected, first, task))
         except RowFault as fault:
             if on_fault is None:
                 raise
@@ -218,6 +220,16 @@ def _converted(row: Row, expected: str, first: Row, task: str) -> Example:
             f"every {_NAMES[expected]} row needs {' and '.join(wanted)}; fill in or remove the row",
         )
     return replace(_CONVERT[expected](row), columns=row.fields)
+
+
+def _unanswered(row: Row, expected: str, allowed: bool) -> Example | None:
+    """A question whose answers are given as none, where that is allowed."""
+    answers = row.fields.get("answers")
+    texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    if not allowed or expected != "question_answering" or row.fields.get("answer") is not None or texts != []:
+        return None
+    question = _string(row, "question", row.fields.get("question"), filled=True)
+    return Example(row.place, expected, _pair(question, ""), fields=row.fields)
 
 
 def _listed(row: Row) -> str:

@@ -10,7 +10,7 @@ from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, parse_config
 from pyfinetune.train.manifest import read_manifest
 
-_PATHS = ("train_file", "validation_file", "model_name_or_path", "dataset_name", "resume")
+_PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path", "dataset_name", "resume")
 
 
 def load_repeat(path: str | Path, output_dir: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
@@ -38,21 +38,56 @@ def load_repeat(path: str | Path, output_dir: str | None = None) -> tuple[RunCon
         raise UserError(f"{path}: no such file", fix="give the run.json of a run's output_dir")
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise UserError(f"{path}: is no record of a run", fix="give the run.json that `pyfinetune train` wrote")
-    started_in = record.get("working_directory", "")
-    values = {key: value for key, value in record["config"].items() if value is not None}
-    for key in _PATHS:
-        if key in values:
-            values[key] = _found_from(started_in, values[key])
-    own = os.path.join(started_in, values["output_dir"])
+    values = _values_of(record)
+    own = os.path.join(record.get("working_directory", ""), values["output_dir"])
     values["output_dir"] = output_dir or f"{own.rstrip('/')}-repeat"
     if Path(values["output_dir"]).resolve() in (Path(own).resolve(), path.parent.resolve()):
         raise UserError(f"output_dir: {output_dir} is where that run is", fix="give another folder, or none")
     return parse_config(values, source=str(path)), record
 
 
+def config_of(record: dict[str, Any], source: str) -> RunConfig:
+    """The configuration of a run, from the record that it left.
+
+    Args:
+        record: the content of its `run.json`.
+        source: where that is, for messages.
+
+    Returns:
+        The configuration, whose paths are found from any folder.
+
+    Raises:
+        UserError: a key or value that this version does not know.
+
+    Example:
+        >>> config_of(read_manifest(Path("out/run.json")), "out/run.json").seed  # doctest: +SKIP
+        42
+    """
+    return parse_config(_values_of(record), source=source)
+
+
+def _values_of(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's configuration, every path in it found from any folder."""
+    folder = record.get("working_directory", "")
+    return _with_paths(folder, {key: value for key, value in record["config"].items() if value is not None})
+
+
+def _with_paths(folder: str, values: dict[str, Any]) -> dict[str, Any]:
+    found = {key: _found_from(folder, value) if key in _PATHS else value for key, value in values.items()}
+    if found.get("sources"):
+        found["sources"] = [_with_paths(folder, source) for source in found["sources"]]
+    if found.get("replay"):
+        found["replay"] = _with_paths(folder, found["replay"])
+    return found
+
+
 def _found_from(folder: str, value: Any) -> Any:
     """A path as it was meant in the folder the run was started in; names of the hub stay as they are."""
     if isinstance(value, list):
         return [_found_from(folder, item) for item in value]
+    if isinstance(value, dict):
+        return {key: _found_from(folder, item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
     there = os.path.join(folder, value)
     return there if os.path.exists(there) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
 import torch
 from peft_models import randomise
 from tiny_model import CHATML, make_model, make_tokenizer
@@ -59,6 +60,16 @@ def save_adapter(folder: str | Path, base: str, **options) -> str:
     adapter_model(base, **options).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(name="brief")
+def brief_fixture(monkeypatch) -> None:
+    """Exports that compare two rows and one short text, which is as telling for a tiny model."""
+    from pyfinetune.train import export_proof, export_rows
+
+    monkeypatch.setattr(export_rows, "TEXTS", export_rows.TEXTS[:2])
+    monkeypatch.setattr(export_proof, "_PROMPTS", 1)
+    monkeypatch.setattr(export_proof, "_NEW_TOKENS", 8)
 
 
 @contextlib.contextmanager

@@ -201,8 +201,8 @@ def _inside(words: Sequence[str]) -> tuple[int, str]:
     """Run a command of this project in this process, where everything is imported already."""
     from pyfinetune import cli
 
-    out, before = io.StringIO(), sys.argv
-    sys.argv = list(words[words[0] == "python" :])
+    out, before = io.StringIO(), (sys.argv, sys.stdin)
+    sys.argv, sys.stdin = list(words[words[0] == "python" :]), io.StringIO()
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -213,7 +213,7 @@ def _inside(words: Sequence[str]) -> tuple[int, str]:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
-        sys.argv = before
+        sys.argv, sys.stdin = before
     return code, out.getvalue()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.encoders import IGNORED, MaskedRows, collator_of
 from pyfinetune.train.heads import Head
@@ -109,7 +110,7 @@ def trainer_parts(head: Head, rows: Any, tokenizer: Any, model: Any, config: Run
         >>> build_trainer(model, arguments, **trainer_parts(head, rows, tokenizer, model, config))  # doctest: +SKIP
     """
     if head.kind == "reward":
-        from pyfinetune.train.reward import reward_parts
+        from pyfinetune.train.reward_loop import reward_parts
 
         return reward_parts(rows, tokenizer)
     train, held_out, callbacks = rows.train, rows.held_out, []
@@ -124,6 +125,35 @@ def trainer_parts(head: Head, rows: Any, tokenizer: Any, model: Any, config: Run
         "kind": HeadTrainer,
         "callbacks": callbacks,
     }
+
+
+def arguments_kind(head: Head) -> dict[str, Any]:
+    """What makes the Trainer's arguments, where it is not transformers.
+
+    Args:
+        head: the head.
+
+    Returns:
+        `kind` for `loop.training_arguments`, or nothing.
+
+    Raises:
+        UserError: TRL is needed and not installed.
+
+    Example:
+        >>> arguments_kind(HEADS["masked_lm"])
+        {}
+    """
+    if head.kind != "reward":
+        return {}
+    try:
+        from pyfinetune.train.reward_loop import reward_arguments
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "trl":
+            raise
+        raise UserError(
+            "head: reward needs trl, which is not installed", fix="pip install 'pyfinetune[sft]'"
+        ) from error
+    return {"kind": reward_arguments}
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def head_loss(
         >>> round(head_loss(outputs, torch.tensor([2]), torch.ones(1, 3)).item(), 4)
         1.3863
     """
-    logits = _logits(outputs, attention_mask)
+    logits = head_logits(outputs, attention_mask)
     counted = labels.ne(IGNORED)
     total = torch.nn.functional.cross_entropy(
         logits[counted].float(), labels[counted], reduction="sum", label_smoothing=label_smoothing
@@ -191,7 +191,7 @@ def outputs_of(
         batch = collator([rows[index] for index in chosen])
         inputs = {k: v.to(device) for k, v in batch.items() if k not in ("num_tokens", "labels")}
         outputs = model(**inputs)
-        logits = _logits(outputs, inputs["attention_mask"])
+        logits = head_logits(outputs, inputs["attention_mask"])
         kept = read(logits).cpu()
         kept = kept.float().numpy() if kept.is_floating_point() else kept.numpy()
         # Which tokens are the row's own, on whichever side it was filled up.
@@ -206,7 +206,20 @@ def outputs_of(
     return found
 
 
-def _logits(outputs: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+def head_logits(outputs: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+    """A head's outputs as one tensor.
+
+    Args:
+        outputs: of the model.
+        attention_mask: [rows, length].
+
+    Returns:
+        The logits; of spans [rows, 2, length], where nothing starts or ends in the padding.
+
+    Example:
+        >>> head_logits({"logits": torch.zeros(1, 4)}, torch.ones(1, 3)).shape
+        torch.Size([1, 4])
+    """
     if "start_logits" not in outputs:
         return outputs["logits"]
     logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)

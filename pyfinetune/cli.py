@@ -328,6 +328,63 @@ def verify(
     raise typer.Exit(not verdict.ok)
 
 
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's, an adapter's or a model's folder.")],
+    to: Annotated[str, typer.Option(help="adapter, merged, merged-4bit or gguf.")] = "merged",
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where it goes; the source with the form behind it.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of merged weights: float32, bfloat16, float16; auto is the base's.")
+    ] = "auto",
+    adapter: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several adapters.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="NAME", help="The base model, where it is elsewhere now.")] = None,
+    in_4bit: Annotated[
+        bool | None,
+        typer.Option("--base-in-4bit/--base-dense", help="Whether the base was in NF4 while the adapter learned."),
+    ] = None,
+    converter: Annotated[
+        str | None, typer.Option(metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, for --to gguf.")
+    ] = None,
+    gguf_type: Annotated[str, typer.Option(help="For --to gguf: f32, f16, bf16 or q8_0.")] = "f16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a trained model in the form it is used in, and prove that it is; exits 1 when it is not that model."""
+    from pyfinetune.train.export import Request
+    from pyfinetune.train.export import export as run_export
+    from pyfinetune.train.export_view import commands, export_lines
+
+    request = Request(source, to, output_dir, dtype, adapter, base, in_4bit, device, converter, gguf_type)
+    result = run_export(request, lambda message: typer.echo(message, err=True))
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(result), "commands": commands(result)}))
+    else:
+        typer.echo("\n".join(export_lines(result)))
+
+
+@app.command()
+def chat(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A run's, an adapter's or a model's folder.")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all else.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 for the most likely tokens; else they are drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Talk with a saved model; /reset forgets, Ctrl-C stops an answer, /quit leaves. Reads lines from a pipe too."""
+    from transformers import set_seed
+
+    from pyfinetune.train.chat import converse, open_chat
+
+    set_seed(seed)
+    settings = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    converse(
+        open_chat(folder, device, lambda message: typer.echo(message, err=True), **settings), sys.stdin, sys.stdout
+    )
+
+
 def main() -> None:
     """Run the command line and turn a user's mistake into a message and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -30,3 +30,7 @@ class UserError(PyfinetuneError):
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\n  fix: {self.fix}"
+
+
+class NotProved(PyfinetuneError):
+    """What was written is not what it was made from; the message names the row or tensor, and by how much it is off."""

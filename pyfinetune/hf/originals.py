@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 
+import torch
 from torch import nn
 
 
@@ -28,8 +29,13 @@ def unpatched_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def dense_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of an unpatched model in which 4-bit layers are plain linear layers over the decoded weights."""
+def dense_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy of an unpatched model in which 4-bit layers are plain linear layers over the decoded weights.
+
+    Args:
+        model: it is not touched.
+        dtype: that the weights are decoded to; by default each to the one that it had before it was quantized.
+    """
     from pyfinetune.linear4bit import Linear4bit
     from pyfinetune.ops import dequantize_4bit
 
@@ -44,7 +50,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
         else:
             continue
         dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(dequantize_4bit(packed), requires_grad=False)
+        dense.weight = nn.Parameter(dequantize_4bit(packed, dtype), requires_grad=False)
         dense.bias = module.bias
         twin.set_submodule(name, dense)
     if "peft" in sys.modules:

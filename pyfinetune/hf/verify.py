@@ -57,7 +57,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None, steps: int 
     ours = copy.deepcopy(original)
     report = patch(ours)
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
-    wide = torch.float64 if _fits(original) else torch.float32
+    wide = torch.float64 if double_fits(original) else torch.float32
     exact = dense_copy(original).to(wide)
     runs = [_quantities(run, batch) for run in (ours, original)]
     with Widened() if wide is torch.float64 else torch.enable_grad():
@@ -125,7 +125,7 @@ def _randomise_fresh_adapters(model: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def _fits(model: nn.Module) -> bool:
+def double_fits(model: nn.Module) -> bool:
     """Whether a float64 copy of a model, with its gradients, fits beside it."""
     need = 16 * sum(
         parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters()

@@ -77,6 +77,64 @@ def train(
         raise typer.Exit(130)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's output_dir, an adapter, or a model.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Rows as train_file takes them, or LABEL=FILE; without, a run's held-out."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="What the rows are for; auto looks at the run or the columns.")] = "auto",
+    rows: Annotated[int | None, typer.Option(help="At most so many, drawn by the seed.")] = None,
+    slice_by: Annotated[
+        list[str] | None, typer.Option("--slice", metavar="COLUMN", help="Metrics for each value of it, too.")
+    ] = None,
+    classify_by: Annotated[str, typer.Option(help="likelihood of each label, or generation.")] = "likelihood",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer; without, as the right ones need.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the draw of rows and of the intervals.")] = 0,
+    answers: Annotated[str | None, typer.Option(metavar="FILE", help="Write every answer there, as JSONL.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on rows it has not seen: loss, perplexity and the task's metrics, with 95 % intervals."""
+    from pyfinetune.train.eval_view import evaluation_lines
+    from pyfinetune.train.evaluating import EvalRequest
+    from pyfinetune.train.evaluating import evaluate as run_eval
+
+    given = (model, tuple(data or ()), task, rows, tuple(slice_by or ()), classify_by, max_new_tokens)
+    result = run_eval(EvalRequest(*given, batch_size, device, seed, answers))
+    typer.echo(json.dumps(dataclasses.asdict(result)) if as_json else "\n".join(evaluation_lines(result)))
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        str, typer.Argument(metavar="COMPARE.YAML", help="What is compared; or a run's output_dir, for the defaults.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Was fine-tuning worth it? The tuned model against prompts of its base, and against other models."""
+    from pyfinetune.train.compare_config import load_compare
+    from pyfinetune.train.compare_view import comparison_lines, write_comparison
+    from pyfinetune.train.comparison import compare as run_compare
+    from pyfinetune.train.comparison import save_comparison
+
+    settings = load_compare(config)
+    try:
+        result = run_compare(settings)
+    except KeyboardInterrupt:
+        again = shlex.join(["pyfinetune", "compare", config])
+        typer.echo(f"stopped; the answers so far are in {settings.folder}/answers; go on with: {again}", err=True)
+        raise typer.Exit(130) from None
+    save_comparison(result)
+    pages = write_comparison(result)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
+    else:
+        typer.echo("\n".join([*comparison_lines(result), f"report: {pages[-1]}"]))
+
+
 @app.command()
 def check(
     config: Annotated[str, typer.Argument(metavar="RUN.YAML", help="The run's configuration.")],

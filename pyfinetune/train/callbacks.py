@@ -83,6 +83,15 @@ class RunMetrics(TrainerCallback):
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, self.path)
 
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one more record.
+
+        Args:
+            record: JSON values.
+        """
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
@@ -108,8 +117,7 @@ class RunMetrics(TrainerCallback):
         self.peak_memory_gb = peak_memory_gb(args.device)
         logs["peak_memory_gb"] = round(self.peak_memory_gb, 3)
         if state.is_world_process_zero:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            self.append({"step": state.global_step, **logs})
         if not math.isfinite(logs.get("loss", 0.0)):
             raise PyfinetuneError(
                 f"the loss became {logs['loss']} at step {state.global_step}. Lower trainer: learning_rate"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyfinetune.train.heads import HEADS, Head
+
 _PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "datasets", "tokenizers")
 
 
@@ -26,14 +28,13 @@ def model_card(record: dict[str, Any]) -> str:
     full = config["method"] == "full"
     what = "All weights of" if full else f"A LoRA adapter (rank {config['lora_r']}) for"
     train = data["train"]
+    head = HEADS[record.get("head", {}).get("kind", "causal_lm")]
     lines = [
         f"---\n{_front_matter(record, name)}\n---",
         f"# {_plain(name)}",
         f"{what} {_code(base)}, trained with pyfinetune ({config['method']}).",
         "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({config['output_dir']!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({config['output_dir']!r})\n```",
+        f"```python\n{_use(head, config['output_dir'], None if full else base)}\n```",
         *(["The base was in 4 bits (NF4) while the adapter learned."] if config["method"] == "qlora" else []),
         "## Training data",
         f"{_sources(config)}: {train['examples']:,} examples, {train['tokens']:,} tokens, of which"
@@ -50,6 +51,20 @@ def model_card(record: dict[str, Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _use(head: Head, folder: str, base: str | None) -> str:
+    """Code that loads the model; `base` is what an adapter stands on."""
+    name, last = head.auto_class, f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    if base is None or head.kind in ("causal_lm", "seq2seq_lm"):
+        first = f"from transformers import {name}, AutoTokenizer\nmodel = {name}.from_pretrained({folder!r})"
+        return f"{first}\n{last}"
+    return (
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {name}, AutoTokenizer\n"
+        f"config = AutoConfig.from_pretrained({folder!r})  # the head's size and the names of its classes\n"
+        f"base = {name}.from_pretrained({base!r}, config=config)\n"
+        f"model = PeftModel.from_pretrained(base, {folder!r})\n{last}"
+    )
+
+
 def _front_matter(record: dict[str, Any], name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -57,17 +72,19 @@ def _front_matter(record: dict[str, Any], name: str) -> str:
     base, method = record["model"]["name_or_path"], config["method"]
     full = method == "full"
     dataset = config["dataset_name"] or ", ".join(Path(file).name for file in _files(config))
+    pipeline = HEADS[record.get("head", {}).get("kind", "causal_lm")].pipeline
     metrics = {"loss": result["eval_loss"], "perplexity": result["perplexity"]}
+    metrics |= {metric: score["value"] for metric, score in (result.get("metrics") or {}).items()}
+    metrics = {metric: value for metric, value in metrics.items() if value is not None}
     evaluated = [
-        EvalResult("text-generation", config["dataset_name"] or "custom", f"{dataset} (held out)", metric, value)
+        EvalResult(pipeline, config["dataset_name"] or "custom", f"{dataset} (held out)", metric, value)
         for metric, value in metrics.items()
-        if value is not None
     ]
     tags = ["pyfinetune", method, *([] if full else ["lora", f"base_model:adapter:{base}"])]
     facts = ModelCardData(
         base_model=base,
         library_name="transformers" if full else "peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=list(dict.fromkeys(tags)),
         datasets=[config["dataset_name"]] if _on_the_hub(config["dataset_name"]) else None,
         metrics=list(metrics) if evaluated else None,
@@ -101,10 +118,22 @@ def _results(record: dict[str, Any]) -> str:
     if result["eval_loss"] is None:
         return "Nothing was held out, so nothing was measured."
     rows = ["| held-out rows | base model | this model |", "|---|---|---|"]
-    pairs = (("loss per token", "eval_loss_before", "eval_loss"), ("perplexity", "perplexity_before", "perplexity"))
+    unit = record.get("head", {}).get("unit", "token")
+    pairs = ((f"loss per {unit}", "eval_loss_before", "eval_loss"), ("perplexity", "perplexity_before", "perplexity"))
     for words, before, after in pairs:
+        if result[after] is None:
+            continue
         first = "" if result[before] is None else f"{result[before]:.4f}"
         rows.append(f"| {words} | {first} | {result[after]:.4f} |")
+    metrics, floor = result.get("metrics") or {}, result.get("floor") or {}
+    if metrics:
+        rows += ["", f"| held-out rows | floor: {_plain(floor['what'])} | this model | 95 % |", "|---|---|---|---|"]
+        rows += [
+            f"| {name} | {floor[name]:.3f} | {score['value']:.3f} | {score['low']:.3f} to {score['high']:.3f} |"
+            for name, score in metrics.items()
+        ]
+    elif "loss" in floor:
+        rows += ["", f"Floor: a loss of {floor['loss']:.4f}, guessing {_plain(floor['what'])}."]
     return "\n".join(rows)
 
 

@@ -30,8 +30,8 @@ _BLOCK = 1 << 14  # shingles hashed at a time, so that one huge row costs no mor
 _SURE = 0.15  # how far the estimate from the hashes may lie below the similarity
 
 # Words, and signs that tell one formula from another; Chinese, Japanese and Korean writing goes character by character.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+|[^\w\s.,!?;:'\"]")
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+|[^\w\s.,!?;:'\"]")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 # UTF-8 read as another encoding: of Latin, Cyrillic and Greek letters (two bytes), punctuation, Chinese and Japanese
 # writing (three), emoji (four). Spaces and guillemets after an accented capital are real French, and left out.
@@ -228,7 +228,7 @@ def _plain(message: dict[str, Any]) -> str:
 def _shingles(text: str) -> np.ndarray:
     """Distinct hashes of a text's shingles: uint64, sorted."""
     words = np.fromiter(
-        (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text.lower())), dtype=np.uint64
+        (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in WORD.findall(text.lower())), dtype=np.uint64
     )
     if not len(words):
         return words

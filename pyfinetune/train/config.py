@@ -7,20 +7,28 @@ plain values. Keys carry Hugging Face's names; the section `trainer:` is handed 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.search_space import UNION_TAGS, HpoSection, Range, with_values
+from pyfinetune.train.checked_yaml import nearest, read_yaml, value_error
+from pyfinetune.train.search_space import HpoSection, Range, with_values
 from pyfinetune.train.sources import CleanKind, Files, Replay, Source, WeightedSource
 
 Method = Literal["lora", "qlora", "full"]
+HeadKind = Literal[
+    "auto",
+    "causal_lm",
+    "masked_lm",
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "seq2seq_lm",
+    "reward",
+]
 
 # Values that have a key of their own, so that one run has one answer to "where does it write, and from which seed".
 _OWNED_BY_CONFIG = {
@@ -32,9 +40,6 @@ _OWNED_BY_CONFIG = {
     "use_cpu": "device: cpu",
 }
 
-# What pydantic puts into a place for the branches of a union.
-_UNION_WORDS = ("str", *UNION_TAGS)
-
 # A search compares trials by their held-out loss; these decide what that is, or where it is found.
 _NOT_SEARCHED = {
     *("output_dir", "train_file", "validation_file", "dataset_name", "dataset_config_name", "test_size", "columns"),
@@ -42,6 +47,7 @@ _NOT_SEARCHED = {
     *("dataset_train_split", "dataset_test_split", "sources", "stopping_strategy", "replay", "test_file"),
     *("validation_size", "group_column", "clean", "hpo"),
     *("report", "report_examples", "device", "patch", "trainer", "eval_steps", "save_steps"),
+    *("head", "mlm_probability", "doc_stride", "source_prefix", "eval_generate_rows"),
 }
 
 
@@ -64,6 +70,12 @@ class RunConfig(Source):
     validation_size: float | int | None = Field(default=None, gt=0)
     group_column: str | None = None
     clean: list[CleanKind] = Field(default_factory=list)
+
+    head: HeadKind = "auto"
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1)
+    doc_stride: int = Field(default=128, ge=0)
+    source_prefix: str = ""
+    eval_generate_rows: int = Field(default=200, ge=0)
 
     method: Method = "lora"
     max_length: int = Field(default=1024, ge=2)
@@ -147,26 +159,6 @@ class RunConfig(Source):
         return list(self.sources) if self.sources is not None else [self]
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as a number (YAML 1.2) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
 def load_config(path: str | Path) -> RunConfig:
     """Read and check a run's YAML file.
 
@@ -183,22 +175,7 @@ def load_config(path: str | Path) -> RunConfig:
         >>> load_config("run.yaml").output_dir  # doctest: +SKIP
         'out'
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file", fix="give the path of a YAML file: pyfinetune train run.yaml")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}, line {mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{place}: not valid YAML: {reason}", fix="correct that line") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: holds {type(content).__name__}, not keys and values",
-            fix="write lines such as `model_name_or_path: Qwen/Qwen2.5-0.5B`",
-        )
-    return parse_config(content, source=str(path))
+    return parse_config(read_yaml(path), source=str(path))
 
 
 def parse_config(content: dict[str, Any], source: str = "config") -> RunConfig:
@@ -232,7 +209,7 @@ def parse_config(content: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         config = RunConfig(**content)
     except ValidationError as error:
-        raise _value_error(error, content, source) from None
+        raise value_error(error, content, source, _section) from None
     check_trainer_section(config.trainer, source)
     if config.hpo is not None:
         _check_search(config, content, source)
@@ -262,7 +239,7 @@ def check_trainer_section(section: dict[str, Any], source: str = "config") -> No
             if name in RunConfig.model_fields:
                 fix = f"move {name} out of the section trainer:, to the left margin"
             else:
-                fix = _nearest(name, known) or "see transformers.TrainingArguments for the names"
+                fix = nearest(name, known) or "see transformers.TrainingArguments for the names"
             raise UserError(f"{source}: trainer: {name} is not a training argument of transformers", fix=fix)
         default = known[name]
         # transformers itself would take the text and fail later, in the middle of an optimizer.
@@ -336,37 +313,12 @@ def _training_arguments() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def _nearest(name: str, known: Any) -> str | None:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else None
-
-
 def _unknown_key(key: str, source: str) -> UserError:
     if key in _training_argument_names():
         fix = f"put it in the section trainer: (two spaces, then {key}: ...)"
     else:
-        fix = _nearest(key, RunConfig.model_fields) or f"the known keys are {', '.join(sorted(RunConfig.model_fields))}"
+        fix = nearest(key, RunConfig.model_fields) or f"the known keys are {', '.join(sorted(RunConfig.model_fields))}"
     return UserError(f"{source}: unknown key '{key}'", fix=fix)
-
-
-def _value_error(error: ValidationError, content: dict[str, Any], source: str) -> UserError:
-    problem = error.errors(include_url=False)[0]
-    # A union's branches stand in the place as words of pydantic's own, such as `list[str]`.
-    place = [p for p in problem["loc"] if isinstance(p, int) or ("[" not in p and p not in _UNION_WORDS)]
-    key = _dotted(place)
-    if problem["type"] == "missing":
-        return UserError(f"{source}: {key} is missing", fix=f"add a line `{place[-1]}: ...`")
-    if problem["type"] == "extra_forbidden":
-        known = _section(place).model_fields
-        fix = _nearest(str(place[-1]), known) or f"the known keys are {', '.join(known)}"
-        return UserError(f"{source}: {_dotted(place[:-1])}: unknown key '{place[-1]}'", fix=fix)
-    reason = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return UserError(f"{source}: {reason}", fix=f"edit {source}")
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        return UserError(f"{source}: {key}: {reason}", fix=f"edit {source}")
-    given = problem["input"] if len(place) > 1 else content.get(key)
-    return UserError(f"{source}: {key}: {given!r} will not do: {reason}", fix=f"correct the value of {key}")
 
 
 def _section(place: list[Any]) -> Any:
@@ -374,8 +326,3 @@ def _section(place: list[Any]) -> Any:
     if place[0] == "hpo":
         return Range if len(place) > 2 else HpoSection
     return Replay if place[0] == "replay" else WeightedSource
-
-
-def _dotted(place: list[Any]) -> str:
-    """`sources: entry 2: weight`, as a person counts."""
-    return ": ".join(f"entry {part + 1}" if isinstance(part, int) else str(part) for part in place)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_INK, _GRID, _FIRST, _SECOND = "#3b4252", "#e5e9f0", "#2563eb", "#d97706"
+INK, GRID, FIRST, SECOND = "#3b4252", "#e5e9f0", "#2563eb", "#d97706"
 _MOST_POINTS = 1500  # of a line; more cannot be told apart, and each costs bytes in the report
 
 
@@ -114,35 +114,53 @@ def draw(curve: Curve, png: Path | None = None) -> str:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.subplots()
-        for (label, line), color in zip(curve.lines.items(), (_FIRST, _SECOND), strict=False):
+        for (label, line), color in zip(curve.lines.items(), (FIRST, SECOND), strict=False):
             steps, values = zip(*line, strict=True)
             mark = "o" if len(line) < 40 else None
             axes.plot(steps, values, color=color, linewidth=1.6, marker=mark, markersize=3, label=label)
-        axes.set_title(curve.title, loc="left", color=_INK, fontweight="bold", fontsize=11)
-        axes.set_xlabel("step", color=_INK)
+        axes.set_title(curve.title, loc="left", color=INK, fontweight="bold", fontsize=11)
+        axes.set_xlabel("step", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.tick_params(colors=_INK, length=0)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.tick_params(colors=INK, length=0)
         axes.spines[:].set_visible(False)
         if curve.name in ("tokens_per_second", "learning_rate"):
             axes.set_ylim(bottom=0)
         if len(curve.lines) > 1:
-            axes.legend(frameon=False, labelcolor=_INK)
-        if png is not None:
-            png.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(png, dpi=150, metadata={"Software": None})
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue(), curve.title)
+            axes.legend(frameon=False, labelcolor=INK)
+        return written(figure, f"{curve.title} by step", png)
 
 
-def _inline(svg: str, title: str) -> str:
+def written(figure: Any, label: str, png: Path | None) -> str:
+    """A figure as an element to stand inside a page, and as a file.
+
+    Args:
+        figure: of matplotlib.
+        label: what is to be seen, for those who do not see it.
+        png: where to write it as a file too, or None.
+
+    Returns:
+        An `<svg>` element, as wide as what it is put into.
+
+    Example:
+        >>> written(figure, "Loss by step", None)[:4]  # doctest: +SKIP
+        '<svg'
+    """
+    if png is not None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(png, dpi=150, metadata={"Software": None})
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(text.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> str:
     """The element alone, without the file's heading, its metadata and its fixed size."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     head, _, rest = element.partition(">")
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{title} by step">{rest}'
+    return f'{head} role="img" aria-label="{label}">{rest}'
 
 
 def _is_finite(value: Any) -> bool:

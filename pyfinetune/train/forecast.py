@@ -25,8 +25,8 @@ GPU_BASE, GPU_HOLES = 700 << 20, 0.05
 # On a CPU the C library keeps some of what is freed.
 CPU_HOLES = 0.05
 # How much of the rate of a large matrix product a whole step reaches: the range over the training steps of
-# bench/results/cpu-epyc-zen4-2-threads-step.json, with this package's kernels and without.
-SHARE_OF_PEAK = {True: (0.66, 0.77), False: (0.14, 0.37)}
+# bench/results/cpu-epyc-zen4-2-threads.json, with this package's kernels and without.
+SHARE_OF_PEAK = {True: (0.62, 0.77), False: (0.14, 0.41)}
 # What a CPU process grows by beside tensors: thread stacks, and oneDNN's code for each shape; the second where the
 # kernels' probes have made more of it in bfloat16. Fitted: what was left of the growth of a 29M model's process over 64
 # tokens, where tensors hardly count (33, 35 and 82 MiB); `python -m pyfinetune.bench.plan_check` holds the sums.

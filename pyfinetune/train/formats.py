@@ -7,7 +7,7 @@ later row that lacks its fields, leaves its answer empty, or has another format 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyfinetune.errors import UserError
@@ -94,6 +94,7 @@ class Example:
         text: the raw text; empty for a conversation.
         tools: tool descriptions handed to the chat template, or None.
         fields: of a task's row its columns, for a model with a head of its own; empty for the other formats.
+        columns: all columns of the row, whatever its format.
     """
 
     place: str
@@ -102,6 +103,7 @@ class Example:
     text: str = ""
     tools: list[Any] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_examples(
@@ -109,6 +111,7 @@ def to_examples(
     columns: dict[str, str] | None = None,
     task: str = "auto",
     on_fault: Callable[[int, RowFault], None] | None = None,
+    unanswered: bool = False,
 ) -> list[Example]:
     """Recognise the rows' format and bring each row into it.
 
@@ -117,6 +120,7 @@ def to_examples(
         columns: known column name to the name it has in the file, for files that use other names.
         task: `auto`, or the task that the rows have to fit; `pretrain` reads only the column `text`.
         on_fault: called with the index and the fault of each row that is left out; None raises the first.
+        unanswered: whether a question may have no answer, `answers` being empty.
 
     Returns:
         One example a row, in order.
@@ -138,7 +142,7 @@ def to_examples(
     examples = []
     for index, row in enumerate(rows):
         try:
-            examples.append(_converted(row, expected, first, task))
+            examples.append(_unanswered(row, expected, unanswered) or _converted(row, expected, first, task))
         except RowFault as fault:
             if on_fault is None:
                 raise
@@ -215,7 +219,17 @@ def _converted(row: Row, expected: str, first: Row, task: str) -> Example:
             f"{row.place}: has no '{missing}' (its columns: {_listed(row)})",
             f"every {_NAMES[expected]} row needs {' and '.join(wanted)}; fill in or remove the row",
         )
-    return _CONVERT[expected](row)
+    return replace(_CONVERT[expected](row), columns=row.fields)
+
+
+def _unanswered(row: Row, expected: str, allowed: bool) -> Example | None:
+    """A question whose answers are given as none, where that is allowed."""
+    answers = row.fields.get("answers")
+    texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    if not allowed or expected != "question_answering" or row.fields.get("answer") is not None or texts != []:
+        return None
+    question = _string(row, "question", row.fields.get("question"), filled=True)
+    return Example(row.place, expected, _pair(question, ""), fields=row.fields)
 
 
 def _listed(row: Row) -> str:

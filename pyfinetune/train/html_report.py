@@ -19,7 +19,7 @@ import yaml
 from pyfinetune.errors import UserError
 from pyfinetune.train import answers, curves, manifest
 
-_TEMPLATE = Path(__file__).parent / "report.html.jinja"
+_TEMPLATE = "report.html.jinja"
 _NO_CURVES = "The curves need matplotlib: pip install matplotlib"
 _COUNTS = (
     ("examples", "examples"),
@@ -50,7 +50,6 @@ def write_report(output_dir: str | Path) -> Path:
         >>> write_report("out")  # doctest: +SKIP
         PosixPath('out/report.html')
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     out = Path(output_dir)
@@ -63,17 +62,36 @@ def write_report(output_dir: str | Path) -> Path:
             Markup(curves.draw(curve, out / "plots" / f"{curve.name}.png"))  # matplotlib's own, of numbers alone
             for curve in curves.series(curves.read_metrics(out / "metrics.jsonl"))
         ]
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template(_TEMPLATE.name).render(
+    facts = dict(
         **_facts(record),
         curves=drawn,
         no_curves=_NO_CURVES if not can_draw() else "No record was written.",
         samples=answers.read_samples(out),
         samples_note=_samples_note(record),
     )
-    path = out / "report.html"
+    return write_page(out / "report.html", _TEMPLATE, facts)
+
+
+def write_page(path: Path, template: str, facts: dict[str, Any]) -> Path:
+    """Write a page whole or not at all.
+
+    Args:
+        path: the file.
+        template: name of the template beside this file; all that is put into it is escaped.
+        facts: what it shows.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> write_page(Path("out/report.html"), "report.html.jinja", facts)  # doctest: +SKIP
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template(template).render(**facts)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(page, encoding="utf-8")
     os.replace(fresh, path)
@@ -127,7 +145,9 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
         "subtitle": f"{_day(record['started'])} to {_day(record.get('finished'))}, on {record['device']}",
         "status": record["status"],
         "tiles": _tiles(record, result),
-        "comparison": _comparison(result),
+        "comparison": _comparison(result, record.get("head", {}).get("unit", "token")),
+        "metrics": _metrics(result),
+        "floor": (result.get("floor") or {}).get("what", ""),
         "warnings": _warnings(held, config["max_length"]),
         "data_columns": [name.replace("_", " ") for name in held],
         "data_rows": [[label, *(f"{counts[key]:,}" for counts in held.values())] for key, label in _COUNTS],
@@ -153,7 +173,9 @@ def _tiles(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, st
     tiles = []
     if result.get("eval_loss") is not None:
         tiles += [("held-out loss", _arrow(result, "eval_loss_before", "eval_loss", ".3f"))]
-        tiles += [("held-out perplexity", _arrow(result, "perplexity_before", "perplexity", ",.2f"))]
+        if result["perplexity"] is not None:
+            tiles += [("held-out perplexity", _arrow(result, "perplexity_before", "perplexity", ",.2f"))]
+        tiles += [(name, f"{score['value']:.3f}") for name, score in list((result.get("metrics") or {}).items())[:2]]
     if result:
         tiles += [
             ("steps", f"{result['steps']:,}"),
@@ -169,9 +191,21 @@ def _arrow(result: dict[str, Any], before: str, after: str, form: str) -> str:
     return f"{first}{result[after]:{form}}"
 
 
-def _comparison(result: dict[str, Any]) -> list[tuple[str, ...]]:
+def _metrics(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Name, floor, value and interval of each metric."""
+    metrics, floor = result.get("metrics") or {}, result.get("floor") or {}
+    rows = [
+        (name, f"{floor[name]:.3f}", f"{score['value']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
+        for name, score in metrics.items()
+    ]
+    if not metrics and "loss" in floor:
+        rows.append(("loss", f"{floor['loss']:.4f}", f"{result['eval_loss']:.4f}", ""))
+    return rows
+
+
+def _comparison(result: dict[str, Any], unit: str) -> list[tuple[str, ...]]:
     rows = []
-    pairs = (("loss per token", "eval_loss_before", "eval_loss"), ("perplexity", "perplexity_before", "perplexity"))
+    pairs = ((f"loss per {unit}", "eval_loss_before", "eval_loss"), ("perplexity", "perplexity_before", "perplexity"))
     for label, before, after in pairs:
         if result.get(before) is not None and result.get(after) is not None:
             first, last = result[before], result[after]

@@ -35,6 +35,8 @@ class RunTrainer(Trainer):
     renames.
     """
 
+    has_perplexity = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tokens_seen = 0
@@ -68,11 +70,15 @@ class RunTrainer(Trainer):
             # over processes times all targets is the sum.
             targets = self._get_num_items_in_batch([inputs], self.args.device)
             if targets is None:
-                targets = inputs["labels"][..., 1:].ne(IGNORED).sum()
+                targets = self._targets_in(inputs)
             loss = self.accelerator.reduce(result[0].detach().double(), reduction="mean")
             self._loss_sum += loss * targets
             self._targets += targets
         return result
+
+    def _targets_in(self, inputs: dict[str, Any]) -> Any:
+        """How many targets the loss of a batch is a mean over, where the Trainer does not count them."""
+        return inputs["labels"][..., 1:].ne(IGNORED).sum()
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Held-out metrics, with the loss a mean over tokens, and its perplexity."""
@@ -84,7 +90,8 @@ class RunTrainer(Trainer):
         if f"{metric_key_prefix}_loss" in output.metrics:
             loss = float(self._loss_sum / self._targets)
             output.metrics[f"{metric_key_prefix}_loss"] = loss
-            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
+            if self.has_perplexity:
+                output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
         return output
 
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
@@ -317,19 +324,23 @@ def build_trainer(
     early_stopping_patience: int | None = None,
     layerwise_lr_decay: float | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    collator: Any = None,
+    kind: type[RunTrainer] = RunTrainer,
 ) -> RunTrainer:
     """Put model, rows and arguments together.
 
     Args:
         model: the model as it will be trained.
         arguments: what `training_arguments` returned.
-        train_rows: rows of documents (`packing.pack` or `packing.one_a_row`).
+        train_rows: rows of documents (`packing.pack` or `packing.one_a_row`), or what `collator` takes.
         eval_rows: held-out rows, or None.
         tokenizer: saved beside every checkpoint; its end token fills rows up where it has no padding token.
         max_length: no row is filled up beyond it.
         early_stopping_patience: evaluations without a better held-out loss before the run stops; None never stops.
         layerwise_lr_decay: what a block's learning rate is of the next one's; None for equal rates.
         callbacks: more callbacks.
+        collator: makes batches of rows that are no documents; see `head_loop`.
+        kind: the trainer's class.
 
     Returns:
         The trainer, ready for `.train()`.
@@ -344,12 +355,12 @@ def build_trainer(
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
         # The embedding is frozen, and a checkpointed layer whose input needs no gradient passes none back.
         model.enable_input_require_grads()
-    trainer = RunTrainer(
+    trainer = kind(
         model=model,
         args=arguments,
-        train_dataset=RowDataset(train_rows),
-        eval_dataset=RowDataset(eval_rows) if eval_rows else None,
-        data_collator=partial(collate, pad_token_id=pad, max_length=max_length, flat=flat),
+        train_dataset=_dataset(train_rows),
+        eval_dataset=_dataset(eval_rows) if eval_rows else None,
+        data_collator=collator or partial(collate, pad_token_id=pad, max_length=max_length, flat=flat),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -357,6 +368,10 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.callback_handler.callbacks.insert(0, SumsSoFar(trainer))  # the others read what it restores
     return trainer
+
+
+def _dataset(rows: Any) -> torch.utils.data.Dataset:
+    return rows if isinstance(rows, torch.utils.data.Dataset) else RowDataset(rows)
 
 
 def _token_weighted_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -45,6 +45,10 @@ _FIXED = (
     "columns",
     "sample_by",
     "task",
+    "head",
+    "mlm_probability",
+    "doc_stride",
+    "source_prefix",
     "method",
     "max_length",
     "packing",
@@ -313,7 +317,9 @@ def check_same_run(earlier: dict[str, Any] | None, config: dict[str, Any], data_
             fix="set another output_dir, or resume: path/to/checkpoint-N to go on from one of them",
         )
     was = earlier.get("config", {})
-    changed = [(key, was.get(key), config.get(key)) for key in _FIXED]
+    # A record of an older version lacks the keys that came later.
+    usual = {key: RunConfig.model_fields[key].get_default(call_default_factory=True) for key in _FIXED}
+    changed = [(key, was.get(key, usual[key]), config.get(key, usual[key])) for key in _FIXED]
     changed += [
         (f"trainer: {key}", was.get("trainer", {}).get(key), config.get("trainer", {}).get(key))
         for key in _FIXED_TRAINER

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from pyfinetune.linear4bit import Linear4bit, choose_targets
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# What transformers calls the modules at the end of a model, which stay dense under 4-bit weights.
+_HEADS = {"classifier", "score", "qa_outputs", "pre_classifier", "pooler"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -142,6 +144,132 @@ def load_model(
     return model.to(device)
 
 
+def load_with_head(
+    name_or_path: str,
+    auto_class: str,
+    *,
+    labels: Sequence[str] = (),
+    outputs: int | None = None,
+    pad_token_id: int | None = None,
+    method: str = "lora",
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model with a head of its own, quantized to NF4 but for the head for `qlora`.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+        auto_class: the class of transformers that loads it.
+        labels: names of the head's classes; they are saved with the model.
+        outputs: how many values the head gives where they have no names.
+        pad_token_id: what rows are filled up with, which a head at the end of a row has to know.
+        method: `lora`, `qlora` or `full`.
+        dtype: `auto` or a type's name; `auto` is float32, and with frozen weights on a GPU as of `choose_dtype`.
+        device: where the run will be; None takes a GPU where there is one.
+        attn_implementation: a name as `transformers` knows it; None lets it choose.
+
+    Returns:
+        The model on `device`, and the paths of its modules that the checkpoint has not, such as a new classifier.
+
+    Raises:
+        UserError: as `load_model`; or a module that `qlora` quantizes is new.
+
+    Example:
+        >>> load_with_head("path/to/bert", "AutoModelForSequenceClassification", labels=["neg", "pos"])[1]
+        ... # doctest: +SKIP
+        ['bert.pooler', 'classifier']
+    """
+    import transformers
+
+    device = device or choose_device("auto")
+    with _refusals(name_or_path):
+        config = _plain_config(name_or_path)
+        other_size = name_head(config, labels, outputs, pad_token_id)
+        # On a CPU nothing is gained by a head in half precision, which small updates would not move.
+        kept = config.dtype if device.type == "cuda" else torch.float32
+        chosen = choose_dtype(dtype, method, kept, device)
+        options = _attention(attn_implementation)
+        if method == "qlora":
+            skeleton = load_skeleton(name_or_path, auto_class=auto_class, labels=labels, outputs=outputs)
+            names = {name.rpartition(".")[2] for name, _ in skeleton.named_modules()}
+            options["quantization_config"] = pf.Config4bit(skip=("lm_head", *sorted(names & _HEADS)))
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=chosen,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=other_size,
+            **options,
+        )
+    fresh = fresh_modules(model, [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    for name in fresh:
+        if any(isinstance(module, Linear4bit) for module in model.get_submodule(name).modules()):
+            raise UserError(
+                f"method: qlora: {name} is not in {name_or_path}, so it has to be trained, and 4 bits cannot be",
+                fix="set method: lora or full",
+            )
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model.to(device), fresh
+
+
+def name_head(config: PretrainedConfig, labels: Sequence[str], outputs: int | None, pad_token_id: int | None) -> bool:
+    """Write a head's classes into a model's configuration.
+
+    Args:
+        config: the model's configuration, which is changed.
+        labels: names of the classes; none for a head without.
+        outputs: how many values a head without names gives, or None.
+        pad_token_id: what rows are filled up with, or None.
+
+    Returns:
+        Whether the head has another size than the configuration had.
+
+    Example:
+        >>> name_head(config, ["neg", "pos"], None, 0)  # doctest: +SKIP
+        False
+    """
+    if pad_token_id is not None:
+        config.get_text_config().pad_token_id = pad_token_id
+        config.pad_token_id = pad_token_id
+    names = list(labels) or [f"LABEL_{number}" for number in range(outputs or 0)]
+    if not names:
+        return False
+    other_size = config.num_labels != len(names)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    if labels:
+        config.problem_type = "single_label_classification"
+    return other_size
+
+
+def fresh_modules(model: torch.nn.Module, missing: Iterable[str]) -> list[str]:
+    """The modules all of whose parameters a checkpoint has not.
+
+    Args:
+        model: any model.
+        missing: names of the parameters that were made anew.
+
+    Returns:
+        Paths of the outermost such modules, sorted.
+
+    Example:
+        >>> fresh_modules(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), ["1.weight", "1.bias"])
+        ['1']
+    """
+    missing = {name for name, _ in model.named_parameters()} & set(missing)
+    known = {name for name, _ in model.named_parameters()} - missing
+    found = set()
+    for name in missing:
+        parts = name.split(".")[:-1]
+        whole = [n for n in range(1, len(parts) + 1) if not any(k.startswith(".".join(parts[:n]) + ".") for k in known)]
+        if whole:
+            found.add(".".join(parts[: whole[0]]))
+    return sorted(found)
+
+
 def load_skeleton(
     name_or_path: str,
     *,
@@ -149,6 +277,9 @@ def load_skeleton(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     layers: int | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+    labels: Sequence[str] = (),
+    outputs: int | None = None,
 ) -> PreTrainedModel:
     """Make the model that `load_model` would load on the meta device: shapes without memory; no weights are read.
 
@@ -158,6 +289,9 @@ def load_skeleton(
         dtype: type of the weights; the checkpoint's own when None.
         attn_implementation: a name as `transformers` knows it; None lets it choose.
         layers: how many of its layers; all when None.
+        auto_class: the class of transformers that makes it.
+        labels: names of its head's classes, where it has one.
+        outputs: how many values its head gives where they have no names.
 
     Returns:
         The model on the meta device, its cache switched off.
@@ -168,10 +302,11 @@ def load_skeleton(
     Example:
         >>> load_skeleton("path/to/model").num_parameters()  # doctest: +SKIP
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with _refusals(name_or_path):
         config = _plain_config(name_or_path)
+        name_head(config, labels, outputs, None)
         if layers is not None:
             text = config.get_text_config()
             text.num_hidden_layers = layers
@@ -179,7 +314,8 @@ def load_skeleton(
                 text.layer_types = text.layer_types[:layers]
         config.use_cache = False
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(attn_implementation))
+            made = getattr(transformers, auto_class)
+            model = made.from_config(config, dtype=dtype, **_attention(attn_implementation))
     if method == "qlora":
         for _, linear in choose_targets(model, pf.Config4bit().skip)[0]:
             size, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
@@ -223,7 +359,7 @@ def _refusals(name_or_path: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"model_name_or_path: {name_or_path!r} cannot be loaded: {reason}",
-            fix="give a causal language model's name on the hub, or its folder with config.json and .safetensors files",
+            fix="give a model's name on the hub, or its folder with config.json and .safetensors files",
         ) from error
 
 
@@ -247,6 +383,8 @@ def add_adapters(
     alpha: float = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
+    task_type: str | None = "CAUSAL_LM",
+    fresh: Sequence[str] = (),
 ) -> Any:
     """Freeze the model and add trainable low-rank adapters (PEFT) to its linear layers.
 
@@ -256,6 +394,8 @@ def add_adapters(
         alpha: the adapters are scaled by alpha / r.
         dropout: chance of dropping an input of an adapter while training.
         target_modules: names of the layers, or `all-linear` for every linear layer but the output head.
+        task_type: PEFT's name of what the model is for; it knows which heads are trained and saved whole.
+        fresh: paths of further modules that are trained and saved whole, because no checkpoint has them.
 
     Returns:
         The PEFT model.
@@ -278,7 +418,12 @@ def add_adapters(
                     fix=f"choose among {', '.join(names)}",
                 )
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        task_type=task_type,
+        modules_to_save=list(fresh) or None,
     )
     try:
         with warnings.catch_warnings():
@@ -289,6 +434,20 @@ def add_adapters(
             return get_peft_model(model, pf.lora_config(config))
     except ValueError as error:
         raise UserError(f"target_modules: {error}", fix=f"choose among {', '.join(names)}") from error
+
+
+def widen_trainable(model: torch.nn.Module) -> None:
+    """Hold what is trained in float32, since a small update of a half-precision weight is rounded away.
+
+    Args:
+        model: with adapters, perhaps with a head that is trained whole; it then runs under autocast.
+
+    Example:
+        >>> widen_trainable(model)  # doctest: +SKIP
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.planner import Plan, extrapolate, fake_copy, layers_of, plan
 from pyfinetune.train.config import RunConfig
+from pyfinetune.train.heads import CAUSAL, family_of
 from pyfinetune.train.model import add_adapters, choose_device, choose_dtype, load_skeleton, read_config
 
 # Layers of the two models that stand for one of many.
@@ -86,6 +87,13 @@ def settings_of(config: RunConfig, device: torch.device | None = None, documents
     """
     from pyfinetune.train.loop import training_arguments
 
+    family = family_of(read_config(config.model_name_or_path))
+    if config.head not in ("auto", "causal_lm") or family != CAUSAL:
+        what = f"head {config.head}" if config.head != "auto" else f"an {family}"
+        raise UserError(
+            f"plan: the memory of {what} cannot be predicted, only that of causal language models",
+            fix="train for a few steps (trainer: max_steps: 3) and read the peak at its end",
+        )
     if config.method not in PLANNED:
         raise UserError(
             f"plan: method {config.method!r} cannot be predicted", fix=f"set method to one of {', '.join(PLANNED)}"

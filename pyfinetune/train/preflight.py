@@ -8,7 +8,7 @@ A problem is an `error` when training would teach nothing, or nothing that could
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ import numpy as np
 from pyfinetune.errors import UserError
 from pyfinetune.train.cleaning import Finding
 from pyfinetune.train.config import RunConfig, load_config
+from pyfinetune.train.head_checks import head_problems, label_counts, shown_row
+from pyfinetune.train.head_rows import tokenizer_for
+from pyfinetune.train.heads import choose_head, may_be_unanswered
 from pyfinetune.train.model import add_adapters, check_length, choose_device, load_skeleton
 from pyfinetune.train.packing import pack
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
-from pyfinetune.train.tokenizing import Document, Tokenized, load_tokenizer
+from pyfinetune.train.tokenizing import Document, Tokenized
 
 _LEAKED = 0.25  # from this share of held-out rows on, their loss says nothing about rows that the model has not seen
 _SHOWN_ROWS = 5
@@ -69,6 +72,8 @@ class Preflight:
         steps: optimizer steps of the run.
         example: stretches of the first training document: text, tokens, and whether they are learned.
         example_place: file and row of that document.
+        head: the head that is trained.
+        labels: its classes, each with the number of training rows (or words) that have it.
         prediction: lines about memory and time, where they were asked for.
     """
 
@@ -82,6 +87,8 @@ class Preflight:
     example: list[dict[str, Any]] = field(default_factory=list)
     example_place: str = ""
     prediction: list[str] = field(default_factory=list)
+    head: str = "causal_lm"
+    labels: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -178,17 +185,22 @@ def _resolve(config: RunConfig, found: Preflight) -> None:
     if Path(config.output_dir).is_file():
         raise UserError(f"output_dir: {config.output_dir} is a file", fix="give the path of a folder, existing or not")
     choose_device(config.device)
-    data = read_data(config, near=True)
+    data = read_data(config, near=True, unanswered=may_be_unanswered(config))
     found.data = _data_facts(data)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data.format)
-    rows = prepare_rows(data, tokenizer, config)
-    found.counts = rows.counts
-    found.packing = _packing(rows, config)
-    found.ends = _ends(rows, tokenizer, config.model_name_or_path)
-    cut = set(rows.tokenized["train"].cut)
-    documents = sorted(rows.tokenized["train"].documents, key=lambda document: document.place in cut)
-    shown = next(document for document in documents if document.learned.any())
-    found.example, found.example_place = _stretches(shown, tokenizer), shown.place
+    head = choose_head(config, data.train)
+    tokenizer = tokenizer_for(config, data.format, head)
+    rows = prepare_rows(data, tokenizer, config, head)
+    found.head, found.counts = head.kind, rows.counts
+    if head.kind == "causal_lm":
+        found.packing = _packing(rows, config)
+        found.ends = _ends(rows, tokenizer, config.model_name_or_path)
+        cut = set(rows.tokenized["train"].cut)
+        documents = sorted(rows.tokenized["train"].documents, key=lambda document: document.place in cut)
+        shown = next(document for document in documents if document.learned.any())
+        found.example, found.example_place = _stretches(shown, tokenizer), shown.place
+    else:
+        found.labels = label_counts(head, rows.parts["train"])
+        found.example, found.example_place = shown_row(rows, tokenizer)
     found.problems += _judged(config, data, rows, found.ends)
     found.model = _model_facts(config, rows)
     arguments = training_arguments(config, train_rows=len(rows.train), held_out=bool(rows.held_out))
@@ -214,12 +226,12 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
             f"model_name_or_path: {config.model_name_or_path!r} has no .safetensors weights",
             fix="save the model again with a current transformers, which writes them",
         )
-    model = load_skeleton(config.model_name_or_path)
+    head = rows.head
+    options = {"auto_class": head.auto_class, "labels": rows.labels, "outputs": head.outputs}
+    model = load_skeleton(config.model_name_or_path, **options)
     check_length(model.config, config.max_length, config.model_name_or_path)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    highest, place = max(
-        (int(document.input_ids.max()), document.place) for row in rows.train + rows.held_out for document in row
-    )
+    highest, place = max(_highest_tokens(rows))
     if highest >= vocabulary:
         raise UserError(
             f"{place}: token {highest} is beyond the {vocabulary:,} embeddings of {config.model_name_or_path}",
@@ -227,7 +239,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if config.method != "full":
-        model = add_adapters(model, r=config.lora_r, target_modules=config.target_modules)
+        model = add_adapters(model, r=config.lora_r, target_modules=config.target_modules, task_type=head.task_type)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "name_or_path": config.model_name_or_path,
@@ -236,6 +248,16 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
         "parameters": parameters,
         "trainable_parameters": trainable,
     }
+
+
+def _highest_tokens(rows: Rows) -> Iterator[tuple[int, str]]:
+    """The highest token of each document or row, with its place."""
+    for row in [*rows.train, *rows.held_out] if not rows.parts else []:
+        for document in row:
+            yield int(document.input_ids.max()), document.place
+    for part in rows.parts.values():
+        for row, owner in zip(part.rows, part.owners, strict=True):
+            yield max(row["input_ids"]), part.examples[owner].place
 
 
 def _packing(rows: Rows, config: RunConfig) -> dict[str, Any]:
@@ -254,7 +276,9 @@ def _packing(rows: Rows, config: RunConfig) -> dict[str, Any]:
 
 
 def _ends(rows: Rows, tokenizer: Any, name_or_path: str) -> list[dict[str, Any]]:
-    """The tokens that close training answers, the most frequent first."""
+    """The tokens that close training answers, the most frequent first; none where nothing is written."""
+    if rows.head.kind != "causal_lm":
+        return []
     stops = _stops(tokenizer, name_or_path)
     return [
         {"token": tokenizer.convert_ids_to_tokens(token), "answers": count, "stops": token in stops}
@@ -289,10 +313,13 @@ def _stretches(document: Document, tokenizer: Any) -> list[dict[str, Any]]:
 def _judged(config: RunConfig, data: Data, rows: Rows, ends: list[dict[str, Any]]) -> list[Problem]:
     """Everything that can be told from the configuration, the examples and their tokens."""
     problems = _still(config)
-    train = rows.tokenized["train"]
-    problems += _cut(train, config.max_length, "")
-    problems += _cut(rows.tokenized["held_out"], config.max_length, "held-out ")
-    problems += _endless(config, train, ends)
+    if rows.head.kind == "causal_lm":
+        train = rows.tokenized["train"]
+        problems += _cut(train, config.max_length, "")
+        problems += _cut(rows.tokenized["held_out"], config.max_length, "held-out ")
+        problems += _endless(config, train, ends)
+    else:
+        problems += [Problem(*problem) for problem in head_problems(rows, config.max_length)]
     for finding in data.findings:
         if not finding.dropped:
             problems.append(_faulty(finding, data))

@@ -19,6 +19,15 @@ _COUNTS = {
     "lost_tokens": "answer tokens lost",
     "masked": "rows without an answer",
 }
+_HEAD_COUNTS = {
+    "examples": "rows",
+    "rows": "as the model reads them",
+    "tokens": "tokens",
+    "learned_tokens": "labels to learn",
+    "longest": "longest row, tokens",
+    "cut_short": "rows cut short",
+}
+_MOST_LABELS = 20
 
 
 def show(found: Preflight, console: Console, errors: Console) -> None:
@@ -57,7 +66,8 @@ def _table(found: Preflight) -> Table:
     table.add_column("")
     for part in parts:
         table.add_column(_PARTS[part], justify="right")
-    for key, name in _COUNTS.items():
+    names = _COUNTS if found.head == "causal_lm" else _HEAD_COUNTS
+    for key, name in names.items():
         table.add_row(name, *(f"{count[key]:,}" for count in parts.values()))
     return table
 
@@ -74,6 +84,13 @@ def _lines(found: Preflight) -> list[str]:
             if finding["dropped"]:
                 first = finding["rows"][0]["row"]
                 lines.append(f"  clean: {finding['count']:,} {finding['kind']} rows dropped, the first {first}")
+    if found.head != "causal_lm":
+        lines.append(f"head: {found.head}")
+    if found.labels:
+        total = sum(found.labels.values())
+        shown = [f"{name} {100 * count / total:.1f} %" for name, count in list(found.labels.items())[:_MOST_LABELS]]
+        rest = len(found.labels) - len(shown)
+        lines.append(f"labels: {', '.join(shown)}" + (f" and {rest} more" if rest else ""))
     if found.packing:
         lines.append(f"packing: {_packing(found.packing)}")
     if found.ends:

@@ -25,7 +25,11 @@ from pyfinetune.train.data import (
     load_labelled_rows,
     load_rows,
 )
+from pyfinetune.train.encoders import Part
 from pyfinetune.train.formats import Example, RowFault, to_examples
+from pyfinetune.train.head_rows import head_part
+from pyfinetune.train.heads import HEADS, Head, choose_labels, saved_labels
+from pyfinetune.train.model import read_config
 from pyfinetune.train.packing import one_a_row, pack
 from pyfinetune.train.sources import Files, Source, as_paths
 from pyfinetune.train.splits import split_rows
@@ -63,13 +67,19 @@ class Rows:
         train: rows to learn from.
         held_out: rows to evaluate on, or empty.
         counts: rows, documents, tokens and what was cut, for `run.json`.
-        tokenized: what became of the examples of each part, `train` and `held_out`.
+        tokenized: what became of the examples of each part, `train` and `held_out`; for a causal model.
+        parts: the same for a model with a head, whose rows are dictionaries.
+        labels: names of the head's classes.
+        head: the head that is trained.
     """
 
-    train: list[list[Document]]
-    held_out: list[list[Document]]
+    train: list[Any]
+    held_out: list[Any]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     tokenized: dict[str, Tokenized] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    head: Head = HEADS["causal_lm"]
 
 
 @dataclass
@@ -85,12 +95,13 @@ class _Part:
         return _Part([self.examples[index] for index in kept], groups)
 
 
-def read_data(config: RunConfig, near: bool = False) -> Data:
+def read_data(config: RunConfig, near: bool = False, unanswered: bool = False) -> Data:
     """Read, recognise, clean, split and mix a run's data.
 
     Args:
         config: the run's configuration.
         near: look for near-duplicates also where `clean:` does not ask for it; takes a while on large sets.
+        unanswered: whether a question may have no answer; see `heads.may_be_unanswered`.
 
     Returns:
         The examples, with what was found wrong with their rows.
@@ -110,16 +121,16 @@ def read_data(config: RunConfig, near: bool = False) -> Data:
         rows = _training_rows(source)
         # A dataset has no files to hash; one source keeps the digest that it would have without the others.
         digests.append(hash_files(source.train_files) if source.train_file is not None else hash_rows(rows))
-        parts.append(_examples(rows, source, config, "train", findings))
+        parts.append(_examples(rows, source, config, "train", findings, unanswered))
         given = _held_out_rows(source)
-        held.append(_examples(given, source, config, "validation", findings).examples)
+        held.append(_examples(given, source, config, "validation", findings, unanswered).examples)
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     parts = _cleaned(parts, config, near, findings)
     train, held_out, test = _split(parts, held, config)
     if config.test_file is not None:
         source = _with_task(origins[0], config)
-        rows = _file_rows(config.test_file, source)
-        test = _examples(rows, source, config, "test", findings).examples
+        rows = file_rows(config.test_file, source)
+        test = _examples(rows, source, config, "test", findings, unanswered).examples
     _check_formats(train, held_out, config)
     train = _without_leaks(train, held_out, test, config, near, findings)
     formats = [examples[0].format for examples in train]
@@ -129,13 +140,14 @@ def read_data(config: RunConfig, near: bool = False) -> Data:
     return Data(mixed, held_out, digest, data_format, test, [*findings.values()], mixture)
 
 
-def prepare_rows(data: Data, tokenizer: Any, config: RunConfig) -> Rows:
+def prepare_rows(data: Data, tokenizer: Any, config: RunConfig, head: Head | None = None) -> Rows:
     """Tokenize a run's examples and lay them in rows.
 
     Args:
         data: what `read_data` returned.
         tokenizer: what `tokenizing.load_tokenizer` returned.
         config: the run's configuration.
+        head: the head that is trained; None for that of a causal model.
 
     Returns:
         The rows, with their counts.
@@ -147,6 +159,8 @@ def prepare_rows(data: Data, tokenizer: Any, config: RunConfig) -> Rows:
         >>> prepare_rows(data, tokenizer, config).counts["train"]["learned_tokens"]  # doctest: +SKIP
         893211
     """
+    if head is not None and head.kind != "causal_lm":
+        return _head_rows(data, tokenizer, config, head)
     result = Rows([], [])
     for name, examples in (("train", data.train), ("held_out", data.held_out)):
         tokenized = tokenize(examples, tokenizer, config.max_length, config.completion_only_loss)
@@ -155,6 +169,19 @@ def prepare_rows(data: Data, tokenizer: Any, config: RunConfig) -> Rows:
         setattr(result, name, rows)
         result.tokenized[name] = tokenized
         result.counts[name] = _counts(tokenized, rows)
+    return result
+
+
+def _head_rows(data: Data, tokenizer: Any, config: RunConfig, head: Head) -> Rows:
+    labels: tuple[str, ...] = ()
+    if head.has_labels:
+        labels = choose_labels(data.train, head, saved_labels(read_config(config.model_name_or_path)))
+    result = Rows([], [], labels=labels, head=head)
+    for name, examples in (("train", data.train), ("held_out", data.held_out)):
+        part = head_part(examples, tokenizer, config, head, labels)
+        setattr(result, name, part.rows)
+        result.parts[name] = part
+        result.counts[name] = part.counts
     return result
 
 
@@ -180,7 +207,23 @@ def _with_task(source: Source, config: RunConfig) -> Source:
     return source.model_copy(update={"task": config.task}) if source.task == "auto" else source
 
 
-def _file_rows(files: Files, source: Source) -> list[Row]:
+def file_rows(files: Files, source: Source) -> list[Row]:
+    """The rows of files, as a source has them read.
+
+    Args:
+        files: a path, several, or a name to a path.
+        source: its task says whether names are labels or columns.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UserError: a file is at fault.
+
+    Example:
+        >>> len(file_rows("test.jsonl", source))  # doctest: +SKIP
+        500
+    """
     if isinstance(files, dict):
         return load_labelled_rows(files) if source.task == "classification" else load_aligned_rows(files)
     return load_rows(as_paths(files), source.sample_by)
@@ -189,17 +232,22 @@ def _file_rows(files: Files, source: Source) -> list[Row]:
 def _training_rows(source: Source) -> list[Row]:
     if source.dataset_name is not None:
         return load_dataset_rows(source.dataset_name, source.dataset_config_name, source.dataset_train_split)
-    return _file_rows(source.train_file, source)
+    return file_rows(source.train_file, source)
 
 
 def _held_out_rows(source: Source) -> list[Row]:
     if source.dataset_test_split is not None:
         return load_dataset_rows(source.dataset_name, source.dataset_config_name, source.dataset_test_split)
-    return _file_rows(source.validation_file, source) if source.validation_file is not None else []
+    return file_rows(source.validation_file, source) if source.validation_file is not None else []
 
 
 def _examples(
-    rows: list[Row], source: Source, config: RunConfig, part: str, findings: dict[tuple[str, str], Finding]
+    rows: list[Row],
+    source: Source,
+    config: RunConfig,
+    part: str,
+    findings: dict[tuple[str, str], Finding],
+    unanswered: bool,
 ) -> _Part:
     """Rows as examples; those at fault raise, or are left out where `clean:` says so."""
     left_out: set[int] = set()
@@ -210,7 +258,7 @@ def _examples(
         left_out.add(index)
         _find(findings, fault.kind, part, (rows[index].place, fault.message.partition(": ")[2]), dropped=True)
 
-    examples = to_examples(rows, source.columns, source.task, on_fault if config.clean else None)
+    examples = to_examples(rows, source.columns, source.task, on_fault if config.clean else None, unanswered)
     if rows and not examples:
         raise UserError(
             f"{source.label}: no row is left: clean: drops all {len(rows)} of them",

@@ -73,7 +73,7 @@ def _values_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_paths(folder: str, values: dict[str, Any]) -> dict[str, Any]:
-    found = {key: _found_from(folder, value) if key in _PATHS else value for key, value in values.items()}
+    found = {key: found_from(folder, value) if key in _PATHS else value for key, value in values.items()}
     if found.get("sources"):
         found["sources"] = [_with_paths(folder, source) for source in found["sources"]]
     if found.get("replay"):
@@ -81,12 +81,24 @@ def _with_paths(folder: str, values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _found_from(folder: str, value: Any) -> Any:
-    """A path as it was meant in the folder the run was started in; names of the hub stay as they are."""
-    if isinstance(value, list):
-        return [_found_from(folder, item) for item in value]
+def found_from(folder: str, value: Any) -> Any:
+    """A path as it was meant in the folder that a run was started in; names of the hub stay as they are.
+
+    Args:
+        folder: that folder.
+        value: a path, a list of them, a mapping to them, or a name.
+
+    Returns:
+        The same, with each path that is there from that folder joined to it.
+
+    Example:
+        >>> found_from("no-such-folder", "Qwen/Qwen2.5-0.5B")
+        'Qwen/Qwen2.5-0.5B'
+    """
     if isinstance(value, dict):
-        return {key: _found_from(folder, item) for key, item in value.items()}
+        return {key: found_from(folder, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [found_from(folder, item) for item in value]
     if not isinstance(value, str):
         return value
     there = os.path.join(folder, value)

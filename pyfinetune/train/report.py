@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyfinetune.train.run import TrainResult
 
 
-def rows_lines(counts: dict[str, dict[str, int]], max_length: int) -> list[str]:
+def rows_lines(counts: dict[str, dict[str, int]], max_length: int, is_causal: bool = True) -> list[str]:
     """What will be trained and evaluated on.
 
     Args:
         counts: `run.Rows.counts`.
         max_length: the longest document, in tokens.
+        is_causal: whether tokens are learned, or labels beside them.
 
     Returns:
         Lines of text.
@@ -26,10 +27,37 @@ def rows_lines(counts: dict[str, dict[str, int]], max_length: int) -> list[str]:
     for name, count in counts.items():
         if not count["examples"]:
             continue
-        lines.append(
-            f"{name.replace('_', ' ')}: {count['examples']:,} examples, {count['tokens']:,} tokens, of which"
-            f" {count['learned_tokens']:,} are learned, in {count['rows']:,} rows of up to {max_length:,}"
-        )
+        learned = f"of which {count['learned_tokens']:,} are learned"
+        if not is_causal:
+            learned = f"{count['learned_tokens']:,} labels to learn"
+        what = f"{name.replace('_', ' ')}: {count['examples']:,} examples, {count['tokens']:,} tokens"
+        lines.append(f"{what}, {learned}, in {count['rows']:,} rows of up to {max_length:,}")
+    return lines
+
+
+def metric_lines(metrics: dict[str, Any] | None, floor: dict[str, Any] | None) -> list[str]:
+    """A run's metrics, each beside what the least clever guess reaches.
+
+    Args:
+        metrics: `run.TrainResult.metrics`.
+        floor: `run.TrainResult.floor`.
+
+    Returns:
+        Lines of text.
+
+    Example:
+        >>> scored = {"accuracy": {"value": 0.75, "low": 0.7, "high": 0.8, "rows": 100}}
+        >>> metric_lines(scored, {"what": "the most frequent label, 'a'", "accuracy": 0.5})
+        ["accuracy 0.750 (0.700 to 0.800), floor 0.500: the most frequent label, 'a'"]
+    """
+    lines = []
+    for name, score in (metrics or {}).items():
+        line = f"{name} {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+        if floor and name in floor:
+            line += f", floor {floor[name]:.3f}: {floor['what']}"
+        lines.append(line)
+    if floor and not metrics and "loss" in floor:
+        lines.append(f"floor: loss {floor['loss']:.4f}, {floor['what']}")
     return lines
 
 
@@ -58,7 +86,11 @@ def result_lines(result: TrainResult, command: str) -> list[str]:
     ]
     if result.eval_loss is not None:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} -> "
-        perplexity = "" if result.perplexity_before is None else f"{result.perplexity_before:.2f} -> "
-        lines.append(f"held-out loss {before}{result.eval_loss:.4f}, perplexity {perplexity}{result.perplexity:.2f}")
+        line = f"held-out loss {before}{result.eval_loss:.4f}"
+        if result.perplexity is not None:
+            first = "" if result.perplexity_before is None else f"{result.perplexity_before:.2f} -> "
+            line += f", perplexity {first}{result.perplexity:.2f}"
+        lines.append(line)
+    lines += metric_lines(result.metrics, result.floor)
     lines.append(f"saved: {result.output_dir}")
     return lines

@@ -8,10 +8,11 @@ The output folder holds the Trainer's checkpoints as they are, the trained adapt
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,19 @@ import pyfinetune as pf
 from pyfinetune.errors import UserError
 from pyfinetune.train import card, checkpoints, manifest, preflight, results
 from pyfinetune.train.config import RunConfig, config_digest
-from pyfinetune.train.model import add_adapters, check_length, choose_device, load_model
+from pyfinetune.train.head_rows import tokenizer_for
+from pyfinetune.train.heads import HEADS, Head, choose_head, may_be_unanswered
+from pyfinetune.train.model import (
+    add_adapters,
+    check_length,
+    choose_device,
+    load_model,
+    load_with_head,
+    widen_trainable,
+)
 from pyfinetune.train.packing import check_isolation, is_flat
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.report import rows_lines
-from pyfinetune.train.tokenizing import load_tokenizer
 
 
 @dataclass
@@ -48,6 +57,8 @@ class TrainResult:
         tokens_per_second: over this session's training, without evaluations and checkpoints.
         peak_memory_gb: GiB.
         seconds: of this session's training, all told.
+        metrics: of a model with a head, over the held-out rows: name to `value`, `low`, `high` (95 %) and `rows`.
+        floor: what the least clever guess reaches: `what` it is, and name to value.
     """
 
     output_dir: str
@@ -63,14 +74,25 @@ class TrainResult:
     tokens_per_second: float = 0.0
     peak_memory_gb: float = 0.0
     seconds: float = 0.0
+    metrics: dict[str, Any] | None = None
+    floor: dict[str, Any] | None = None
 
 
-def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+def prepare_model(
+    config: RunConfig,
+    device: torch.device,
+    head: Head = HEADS["causal_lm"],
+    labels: Sequence[str] = (),
+    pad_token_id: int | None = None,
+) -> tuple[Any, Any]:
     """Load a run's model, quantize it, add adapters, and swap the kernels in.
 
     Args:
         config: the run's configuration.
         device: where the run will be.
+        head: the head that is trained.
+        labels: names of its classes.
+        pad_token_id: what rows are filled up with, which a head has to know.
 
     Returns:
         The model as it will be trained, and the report of `pf.patch` (None with `patch: false`).
@@ -84,13 +106,14 @@ def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
     from transformers import set_seed
 
     set_seed(config.seed)
-    model = load_model(
-        config.model_name_or_path,
-        method=config.method,
-        dtype=config.dtype,
-        device=device,
-        attn_implementation=config.attn_implementation,
-    )
+    options = {"method": config.method, "dtype": config.dtype, "device": device}
+    options["attn_implementation"] = config.attn_implementation
+    fresh: list[str] = []
+    if head.kind == "causal_lm":
+        model = load_model(config.model_name_or_path, **options)
+    else:
+        options |= {"labels": labels, "outputs": head.outputs, "pad_token_id": pad_token_id}
+        model, fresh = load_with_head(config.model_name_or_path, head.auto_class, **options)
     check_length(model.config, config.max_length, config.model_name_or_path)
     if config.method != "full":
         model = add_adapters(
@@ -99,7 +122,11 @@ def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.target_modules,
+            task_type=head.task_type,
+            fresh=fresh,
         )
+        if head.kind != "causal_lm":
+            widen_trainable(model)
     report = pf.patch(model) if config.patch else None
     if config.packing:
         flat = is_flat(getattr(model.config, "_attn_implementation", None))
@@ -176,19 +203,20 @@ def train(
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise UserError(f"output_dir: {out} is a file", fix="give the path of a folder, existing or not")
-    data = read_data(config)
+    data = read_data(config, unanswered=may_be_unanswered(config))
     earlier = manifest.read_manifest(out / "run.json")
     if _already_complete(earlier, config, data):
         _say(console, f"{out} holds this very run, complete: nothing to do (change output_dir to run it again)")
         results.complete_report(config)
         return TrainResult(**earlier["result"])
     start = find_start(config, data.sha256, lambda message: _say(console, message))
-    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data.format)
-    rows = prepare_rows(data, tokenizer, config)
-    for line in rows_lines(rows.counts, config.max_length):
+    head = choose_head(config, data.train)
+    tokenizer = tokenizer_for(config, data.format, head)
+    rows = prepare_rows(data, tokenizer, config, head)
+    for line in rows_lines(rows.counts, config.max_length, head.kind == "causal_lm"):
         _say(console, line)
     preflight.require(config, data, rows, tokenizer, lambda message: _say(console, message))
-    model, report = prepare_model(config, device)
+    model, report = prepare_model(config, device, head, rows.labels, tokenizer.pad_token_id)
     if report is not None and report.rows:
         _say(console, str(report))
     return _fit(config, console, device, data, rows, tokenizer, model, report, start, repeats, callbacks)
@@ -208,6 +236,7 @@ def _fit(
     callbacks: Sequence[Any],
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
+    from pyfinetune.train.head_loop import trainer_parts
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
     from pyfinetune.train.schedules import schedules_of
 
@@ -216,26 +245,28 @@ def _fit(
         config,
         train_rows=len(rows.train),
         held_out=bool(rows.held_out),
-        bf16=config.method == "full" and device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        bf16=_mixes_bf16(config, device, rows.head, model),
         from_start=start is None,
     )
     metrics, bar, stop = RunMetrics(out / "metrics.jsonl"), ProgressBar(console), Interruption(console)
     steps = total_steps(arguments, len(rows.train))
+    parts = {"train_rows": rows.train, "eval_rows": rows.held_out, "callbacks": []}
+    if rows.head.kind != "causal_lm":
+        parts = trainer_parts(rows.head, rows, tokenizer, model, config)
+    further = parts.pop("callbacks")
     trainer = build_trainer(
         model,
         arguments,
-        rows.train,
-        rows.held_out,
+        **parts,
         tokenizer=tokenizer,
         max_length=config.max_length,
         early_stopping_patience=config.early_stopping_patience,
         layerwise_lr_decay=config.layerwise_lr_decay,
-        callbacks=[metrics, bar, stop, *schedules_of(config, model, steps), *callbacks],
+        callbacks=[metrics, bar, stop, *schedules_of(config, model, steps), *further, *callbacks],
     )
+    trainer.has_perplexity = rows.head.has_perplexity
     metrics.trainer = trainer
-    record = manifest.describe_run(config, device, {"sha256": data.sha256, "format": data.format, **rows.counts}, model)
-    record["training_arguments"] = manifest.notable_arguments(arguments, config.trainer)
-    record["kernels"] = {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json())
+    record = _record(config, device, data, rows, model, report, arguments)
     is_main = trainer.is_world_process_zero()
     if is_main:
         _say(console, _model_line(record))
@@ -243,7 +274,8 @@ def _fit(
             _say(console, sentence)
         manifest.write_manifest(out / "run.json", record)
         metrics.keep_until(-1 if start is None else int(start.name.rsplit("-", 1)[-1]))
-        results.answer_before(config, model, tokenizer, rows.held_out or rows.train, anew=start is None)
+        if rows.head.kind == "causal_lm":
+            results.answer_before(config, model, tokenizer, rows.held_out or rows.train, anew=start is None)
     outcome = None
     try:
         if start is not None and nothing_left(start, steps, config.early_stopping_patience):
@@ -254,11 +286,15 @@ def _fit(
         bar.close()
         stop.close()
     result = _result(config, trainer, outcome, metrics, start, interrupted=stop.signal is not None)
+    if is_main and not result.interrupted and rows.held_out and rows.head.kind != "causal_lm":
+        result = _scored(
+            result, config, trainer, rows, model, tokenizer, metrics, lambda message: _say(console, message)
+        )
     if is_main:
         record |= {"status": "interrupted" if result.interrupted else "complete", "finished": manifest.now()}
         record |= {"result": dataclasses.asdict(result)}
         if not result.interrupted:
-            save_final(model, tokenizer, out)
+            save_final(model, tokenizer, out, rows.head)
             (out / "README.md").write_text(card.model_card(record), encoding="utf-8")
             checkpoints.sync_files(out)
         manifest.write_manifest(out / "run.json", record)
@@ -267,21 +303,30 @@ def _fit(
     return result
 
 
-def save_final(model: Any, tokenizer: Any, output_dir: str | Path) -> None:
+def save_final(model: Any, tokenizer: Any, output_dir: str | Path, head: Head = HEADS["causal_lm"]) -> None:
     """Save the trained adapter, or the whole model when it has none, with its tokenizer.
 
     Args:
         model: the trained model.
         tokenizer: its tokenizer.
-        output_dir: the folder; `PeftModel.from_pretrained` (or `AutoModelForCausalLM`) reads it.
+        output_dir: the folder; `PeftModel.from_pretrained` (or the head's class of transformers) reads it.
+        head: the head that was trained.
 
     Example:
         >>> save_final(model, tokenizer, "out")  # doctest: +SKIP
     """
     # The cache is off for training only; a saved model that says so would generate slowly ever after.
-    model.config.use_cache = True
+    has_cache = hasattr(model.config, "use_cache")
+    if has_cache:
+        model.config.use_cache = True
     model.save_pretrained(output_dir)
-    model.config.use_cache = False
+    if head.kind not in ("causal_lm", "seq2seq_lm") and hasattr(model, "peft_config"):
+        # Adapters are saved without it, and it has the names of the classes and the size of the head.
+        config = copy.deepcopy(model.config)
+        config.__dict__.pop("quantization_config", None)
+        config.save_pretrained(output_dir)
+    if has_cache:
+        model.config.use_cache = False
     tokenizer.save_pretrained(output_dir)
 
 
@@ -303,12 +348,54 @@ def _result(
         eval_loss_before=before.get("eval_loss"),
         eval_loss=final and final["eval_loss"],
         perplexity_before=before.get("eval_perplexity"),
-        perplexity=final and final["eval_perplexity"],
+        perplexity=final and final.get("eval_perplexity"),
         tokens=trainer.tokens_seen,
         tokens_per_second=round(metrics.session_rate, 1),
         peak_memory_gb=round(metrics.peak_memory_gb, 3),
         seconds=round(outcome.metrics.get("train_runtime", 0.0), 3) if outcome else 0.0,
     )
+
+
+def _record(
+    config: RunConfig, device: torch.device, data: Data, rows: Rows, model: Any, report: Any, arguments: Any
+) -> dict[str, Any]:
+    """`run.json` before the run starts."""
+    record = manifest.describe_run(config, device, {"sha256": data.sha256, "format": data.format, **rows.counts}, model)
+    record["training_arguments"] = manifest.notable_arguments(arguments, config.trainer)
+    record["head"] = {"kind": rows.head.kind, "unit": rows.head.unit, "labels": list(rows.labels)}
+    record["kernels"] = {"swapped": 0, "left": 0, "rows": []} if report is None else json.loads(report.to_json())
+    return record
+
+
+def _scored(
+    result: TrainResult,
+    config: RunConfig,
+    trainer: Any,
+    rows: Rows,
+    model: Any,
+    tokenizer: Any,
+    metrics: Any,
+    say: Callable[[str], None],
+) -> TrainResult:
+    """The result with its metrics; a run is not lost for want of a package that only they need."""
+    from pyfinetune.train.head_scores import scores_of_run
+
+    try:
+        found = scores_of_run(config, rows, model, tokenizer, trainer.args.per_device_eval_batch_size)
+    except UserError as error:
+        say(f"warning: no metrics: {error}")
+        return result
+    metrics.append({"step": result.steps, **found})
+    return dataclasses.replace(result, **found)
+
+
+def _mixes_bf16(config: RunConfig, device: torch.device, head: Head, model: Any) -> bool:
+    """Whether the model runs in bfloat16 over trained weights in float32."""
+    if head.kind != "causal_lm" and config.method != "full" and model.dtype == torch.bfloat16:
+        return True
+    is_causal = head.kind == "causal_lm"
+    wanted = config.method == "full" or not is_causal
+    return wanted and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: Data) -> bool:

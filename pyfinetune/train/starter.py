@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, parse_config
+from pyfinetune.train.head_rows import tokenizer_for
+from pyfinetune.train.heads import Head, choose_head, may_be_unanswered
 from pyfinetune.train.model import check_length, choose_device, read_config
-from pyfinetune.train.reading import read_data
+from pyfinetune.train.reading import prepare_rows, read_data
+from pyfinetune.train.sources import Task
 from pyfinetune.train.tokenizing import load_tokenizer, tokenize
 
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,6 +52,9 @@ def starter_yaml(model: str | None = None, data: str | None = None) -> str:
         values["test_size"] = 0.05 if rows is None or rows >= _MANY else 0.1
     name = re.sub(r"[^\w.-]+", "-", Path(data or _DATASET).name.partition(".")[0]).strip("-") or "first"
     values["output_dir"] = f"runs/{name}"
+    head = _head(values) if Path(model).is_dir() and rows is not None else None
+    if head is not None and head.kind != "causal_lm":
+        return _written(_with_head(values, head))
     values["method"] = "qlora" if choose_device("auto").type == "cuda" else "lora"
     values["max_length"] = _length(values) if Path(model).is_dir() and rows is not None else _LENGTH
     if rows is None or rows >= _MANY:
@@ -57,6 +64,10 @@ def starter_yaml(model: str | None = None, data: str | None = None) -> str:
         "per_device_train_batch_size": 4,
         "learning_rate": 2e-4,
     }
+    return _written(values)
+
+
+def _written(values: dict[str, Any]) -> str:
     parse_config(values, source="init")
     written = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
     return f"# next: pyfinetune check run.yaml, then pyfinetune train run.yaml\n{written}"
@@ -73,6 +84,30 @@ def _origin(data: str | None) -> tuple[dict[str, str], int | None]:
         return {"dataset_name": data}, None
     found = read_data(RunConfig(model_name_or_path="any", train_file=data, output_dir="any"))
     return {"train_file": data}, len(found.train)
+
+
+def _head(values: dict[str, Any]) -> Head:
+    config = RunConfig(**values)
+    return choose_head(config, read_data(config, unanswered=may_be_unanswered(config)).train)
+
+
+def _with_head(values: dict[str, Any], head: Head) -> dict[str, Any]:
+    """Settings for a model with a head: small enough to be trained whole."""
+    config = RunConfig(**values)
+    data = read_data(config, unanswered=may_be_unanswered(config))
+    task = {"text": "pretrain"}.get(data.format, data.format if data.format in get_args(Task) else "sft")
+    values = {**values, "task": task, "head": head.kind, "method": "full"}
+    tokenizer = tokenizer_for(config, data.format, head)
+    most = min(_positions(read_config(config.model_name_or_path)), _LONGEST)
+    sample = dataclasses.replace(data, train=data.train[:_SAMPLE], held_out=[])
+    longest = prepare_rows(sample, tokenizer, config.model_copy(update={"max_length": most}), head).counts["train"]
+    values["max_length"] = max(16, min(-(-longest["longest"] // 16) * 16, most))
+    values["trainer"] = {"num_train_epochs": 3, "per_device_train_batch_size": 16}
+    return values
+
+
+def _positions(model_config: Any) -> int:
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or _LENGTH
 
 
 def _length(values: dict[str, Any]) -> int:

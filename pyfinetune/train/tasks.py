@@ -179,6 +179,71 @@ def translation(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     return _asked(f"Translate from {first} to {second}.", source), target
 
 
+def right_answers(task: str, fields: Mapping[str, Any], answer: str) -> Any:
+    """What would be right to answer, in the form that `metrics.score` takes it.
+
+    Args:
+        task: a key of `RENDER`, or any other.
+        fields: the row's columns.
+        answer: the answer that the row is learned with.
+
+    Returns:
+        For token_classification the tags; for question_answering every right answer; else `answer`.
+
+    Example:
+        >>> right_answers("question_answering", {"question": "Who?", "answers": {"text": ["Ann", "she"]}}, "Ann")
+        ['Ann', 'she']
+    """
+    if task == "token_classification":
+        return [str(tag) for tag in _first(fields, "tags", "ner_tags")]
+    if task == "question_answering" and fields.get("answer") is None:
+        found = fields["answers"]
+        texts = found.get("text") if isinstance(found, Mapping) else found
+        return [texts] if isinstance(texts, str) else list(texts)
+    return answer
+
+
+def tags_of_answer(tokens: Sequence[str], answer: str) -> list[str]:
+    """The tags that an answer to `token_classification`'s question gives a text's tokens.
+
+    Args:
+        tokens: of the text.
+        answer: lines `type: words`.
+
+    Returns:
+        A tag a token (BIO). Each line marks the first place of its words that comes after the line before it, or else
+        the first that is free; words that are not in the text mark nothing.
+
+    Example:
+        >>> tags_of_answer(["In", "New", "York"], "place: New York")
+        ['O', 'B-place', 'I-place']
+    """
+    tags, after = ["O"] * len(tokens), 0
+    for line in answer.splitlines():
+        kind, colon, text = line.partition(":")
+        kind, words = kind.strip(), text.split()
+        if not (colon and kind and words):
+            continue
+        # A token may hold a space of its own, and the answer joins tokens by spaces.
+        places = [at for at in range(len(tokens)) if _joined_until(tokens, at, words) is not None]
+        free = [at for at in places if all(tag == "O" for tag in tags[at : _joined_until(tokens, at, words)])]
+        if not free:
+            continue
+        start = next((at for at in free if at >= after), free[0])
+        after = _joined_until(tokens, start, words)
+        tags[start:after] = [f"B-{kind}"] + [f"I-{kind}"] * (after - start - 1)
+    return tags
+
+
+def _joined_until(tokens: Sequence[str], start: int, words: list[str]) -> int | None:
+    """The token after those from `start` on that make the words; None where they do not."""
+    end, made = start, []
+    while end < len(tokens) and len(made) < len(words):
+        made += tokens[end].split()
+        end += 1
+    return end if made == words else None
+
+
 RENDER: dict[str, Callable[[Mapping[str, Any]], tuple[Any, Any]]] = {
     "classification": classification,
     "token_classification": token_classification,

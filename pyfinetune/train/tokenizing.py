@@ -118,15 +118,7 @@ def load_tokenizer(
         >>> load_tokenizer("Qwen/Qwen2.5-0.5B-Instruct").eos_token  # doctest: +SKIP
         '<|im_end|>'
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"model_name_or_path: no tokenizer can be loaded from {name_or_path!r}: {_first_line(error)}",
-            fix="give a folder with tokenizer.json, or a model's name on the hub",
-        ) from error
+    tokenizer = _from_pretrained(name_or_path)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(
@@ -154,6 +146,48 @@ def load_tokenizer(
             )
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
+
+
+def load_head_tokenizer(name_or_path: str, split_into_words: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer for a model with a head, which ends nothing and writes no conversation.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+        split_into_words: whether it will be given words; one of bytes then has to put a space before each.
+
+    Returns:
+        A tokenizer with a token to fill rows up with: its end token where it has none for that.
+
+    Raises:
+        UserError: there is no tokenizer, or it has neither token.
+
+    Example:
+        >>> load_head_tokenizer("bert-base-cased").pad_token  # doctest: +SKIP
+        '[PAD]'
+    """
+    tokenizer = _from_pretrained(name_or_path)
+    if split_into_words and tokenizer.is_fast and '"ByteLevel"' in tokenizer.backend_tokenizer.to_str():
+        tokenizer = _from_pretrained(name_or_path, add_prefix_space=True)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"model_name_or_path: the tokenizer of {name_or_path} has no token to fill rows up with",
+                fix="save it again with a pad_token",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_pretrained(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"model_name_or_path: no tokenizer can be loaded from {name_or_path!r}: {_first_line(error)}",
+            fix="give a folder with tokenizer.json, or a model's name on the hub",
+        ) from error
 
 
 def tokenize(

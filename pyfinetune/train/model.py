@@ -345,6 +345,27 @@ def read_config(name_or_path: str) -> Any:
         return _plain_config(name_or_path)
 
 
+def any_config(name_or_path: str) -> Any:
+    """A model's configuration, quantized as it may be.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+
+    Returns:
+        What transformers makes of its config.json.
+
+    Raises:
+        UserError: there is no such model, or it needs code of its own.
+
+    Example:
+        >>> any_config("path/to/4-bit-model").quantization_config  # doctest: +SKIP
+    """
+    from transformers import AutoConfig
+
+    with _refusals(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path)
+
+
 @contextlib.contextmanager
 def _refusals(name_or_path: str) -> Iterator[None]:
     """Whatever transformers says against a model becomes one sentence and its mend."""

@@ -24,7 +24,7 @@ from pyfinetune.train.generating import answering
 from pyfinetune.train.head_loop import head_logits
 from pyfinetune.train.head_rows import head_part
 from pyfinetune.train.heads import HEADS, Head, choose_head, saved_labels
-from pyfinetune.train.model import any_config, load_with_head
+from pyfinetune.train.model import load_with_head, read_config
 from pyfinetune.train.predicting import Answer, OnAnswers
 from pyfinetune.train.saved import find_saved, load_saved
 from pyfinetune.train.spans import right_answers
@@ -83,7 +83,7 @@ def load_head(found: Found, head: Head, device: torch.device) -> tuple[Any, Any,
     labels = tuple(found.record.get("head", {}).get("labels") or ())
     where = found.path if (Path(found.path) / "config.json").is_file() else found.base
     if head.has_labels and not labels:
-        known = saved_labels(any_config(where)) or {}
+        known = saved_labels(read_config(where, quantized=True)) or {}
         labels = tuple(known[number] for number in sorted(known))
     tokenizer = load_head_tokenizer(found.path, split_into_words=head.kind == "token_classification")
     if is_saved(found):

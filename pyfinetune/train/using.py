@@ -16,7 +16,7 @@ from pyfinetune.errors import UserError
 from pyfinetune.train import manifest
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import hash_files
-from pyfinetune.train.model import any_config, load_model
+from pyfinetune.train.model import load_model, read_config
 from pyfinetune.train.repeat import load_repeat
 from pyfinetune.train.saved import find_saved, load_saved
 from pyfinetune.train.tokenizing import load_tokenizer
@@ -47,7 +47,7 @@ class Found:
     @property
     def positions(self) -> int | None:
         """Tokens that the model can hold; None where it does not say."""
-        return getattr(any_config(self.base).get_text_config(), "max_position_embeddings", None)
+        return getattr(read_config(self.base, quantized=True).get_text_config(), "max_position_embeddings", None)
 
     def identity(self) -> dict[str, Any]:
         """What tells these weights from others: name, and SHA-256 of the files or the hub's commit.
@@ -56,7 +56,7 @@ class Found:
             >>> find_model("path/to/model").identity()["sha256"][:8]  # doctest: +SKIP
             'c0ffee00'
         """
-        facts = manifest.model_identity(self.base, any_config(self.base))
+        facts = manifest.model_identity(self.base, read_config(self.base, quantized=True))
         if self.adapter:
             facts["adapter_sha256"] = hash_files(sorted(Path(self.path).glob("*.safetensors")))
         return facts | {"method": self.method}
@@ -98,7 +98,7 @@ def find_model(path: str | Path) -> Found:
             f"{name}: holds neither a run (run.json), nor an adapter (adapter_config.json), nor a model (config.json)",
             fix="give the output_dir of a run, or the folder that save_pretrained wrote",
         )
-    in_4bit = folder.is_dir() and getattr(any_config(name), "quantization_config", None) is not None
+    in_4bit = folder.is_dir() and getattr(read_config(name, quantized=True), "quantization_config", None) is not None
     return Found(name, name, in_4bit=in_4bit)
 
 

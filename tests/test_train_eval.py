@@ -313,6 +313,19 @@ def test_raw_text_has_a_loss_and_a_file_per_label_is_read(tiny, tmp_path):
         evaluate(EvalRequest(tiny, (files[0], str(text)), device="cpu"))
 
 
+def test_a_run_is_evaluated_on_rows_of_another_kind(run, tmp_path):
+    """What the run says of its own file (its task, its columns) is not asked of a file of another kind."""
+    record = json.loads((run / "run.json").read_text())
+    changed = {**record["config"], "task": "sft", "columns": {"prompt": "ask", "completion": "say"}}
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    (other / "run.json").write_text(json.dumps({**record, "config": changed}))
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "a fine film", "label": "pos"}] * 3)
+    assert evaluate(EvalRequest(str(other), (data,), device="cpu")).task == "classification"
+    text = tmp_path / "text.txt"
+    text.write_text("a fine film\n")
+    assert evaluate(EvalRequest(str(other), (str(text),), device="cpu")).task == "pretrain"
+
+
 def write_text(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
@@ -330,15 +343,17 @@ def test_an_answer_may_be_as_long_as_the_longest_right_one(tiny):
     [
         ({"model": "no/such/folder/at-all", "data": ("DATA",)}, "cannot be loaded", "on the hub"),
         ({"model": "TINY"}, "is no run", "--data FILE"),
-        ({"model": "TINY", "data": ("DATA",), "slices": ("nope",)}, "--slice nope", "name one"),
+        ({"model": "TINY", "data": ("DATA",), "slices": ("nope",)}, "slice nope: no row", "name one"),
         ({"model": "TINY", "data": ("DATA",), "task": "classifcation"}, "no such task", "did you mean classification"),
         ({"model": "TINY", "data": ("DATA",), "rows": 0}, "rows: 0", "1 or more"),
+        ({"model": "TINY", "data": ("MANY",), "slices": ("completion",)}, "51 different values", "50 or fewer"),
         ({"model": "EMPTY", "data": ("DATA",)}, "holds neither a run", "output_dir"),
     ],
 )
 def test_mistakes_name_their_mend(tiny, tmp_path, request_, said, fix):
     (tmp_path / "empty").mkdir()
     places = {"TINY": tiny, "EMPTY": str(tmp_path / "empty"), "DATA": write_rows(tmp_path / "rows.jsonl", SUMS[:3])}
+    places["MANY"] = write_rows(tmp_path / "many.jsonl", [{"prompt": "a", "completion": str(n)} for n in range(51)])
     given = {**request_, "model": places.get(request_["model"], request_["model"])}
     given["data"] = tuple(places[name] for name in given.get("data", ()))
     with pytest.raises(UserError, match=said) as caught:

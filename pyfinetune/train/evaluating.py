@@ -23,7 +23,7 @@ from pyfinetune.train import metrics
 from pyfinetune.train.checked_yaml import nearest
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import Row, load_aligned_rows, load_labelled_rows, load_rows
-from pyfinetune.train.formats import Example, to_examples
+from pyfinetune.train.formats import Example, fits_task, to_examples
 from pyfinetune.train.generating import document_losses
 from pyfinetune.train.head_predicting import HeadPredictor, head_of, load_head, settings_of
 from pyfinetune.train.heads import Head, may_be_unanswered
@@ -198,7 +198,7 @@ def column_of(examples: Sequence[Example], name: str) -> list[Any]:
         A value a row; None where a row has none.
 
     Raises:
-        UserError: no row has such a column.
+        UserError: no row has such a column, or it has too many different values.
 
     Example:
         >>> column_of([Example("f, row 1", "text", columns={"topic": "war"})], "topic")
@@ -206,8 +206,15 @@ def column_of(examples: Sequence[Example], name: str) -> list[Any]:
     """
     if not any(name in example.columns for example in examples):
         listed = ", ".join(map(repr, examples[0].columns)) or "none"
-        raise UserError(f"--slice {name}: no row has that column (its columns: {listed})", fix="name one of those")
-    return [example.columns.get(name) for example in examples]
+        raise UserError(f"slice {name}: no row has that column (its columns: {listed})", fix="name one of those")
+    values = [example.columns.get(name) for example in examples]
+    count = len({str(value) for value in values})
+    if count > metrics.MOST_SLICES:  # said before anything is answered, which takes long
+        raise UserError(
+            f"slice {name}: {count:,} different values make slices too small to tell anything",
+            fix=f"name a column with {metrics.MOST_SLICES} or fewer",
+        )
+    return values
 
 
 def read_rows(data: Sequence[str], task: str = "auto", sample_by: str = "auto") -> list[Row]:
@@ -402,9 +409,13 @@ def _examples(request: EvalRequest, found: Found) -> list[Example]:
     run = found.run
     task = run.task if request.task == "auto" and run is not None else request.task
     if request.data:
-        own = run or RunConfig(model_name_or_path="-", train_file="-", output_dir="-")
+        own = settings_of(found)
         rows = read_rows(request.data, task, own.sample_by)
-        examples = to_examples(rows, own.columns, task, unanswered=may_be_unanswered(settings_of(found)))
+        # What the run says of its own files need not hold for others.
+        columns = own.columns if all(theirs in rows[0].fields for theirs in own.columns.values()) else {}
+        if request.task == "auto" and not columns and not fits_task(rows[0], task):
+            task = "auto"
+        examples = to_examples(rows, columns, task, unanswered=may_be_unanswered(own))
     elif run is None:
         raise UserError(f"{request.model}: is no run that held rows out", fix="name a file of rows: --data FILE")
     else:

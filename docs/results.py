@@ -57,7 +57,9 @@ def measure(page: str, config_path: Path, output_dir: Path) -> dict[str, Any]:
     main = "perplexity" if "perplexity" in floor.scores else next(iter(floor.scores))
     scores = record["result"].get("metrics")
     if scores is None:  # a causal model, whose answers cost too much to be asked for after every run
-        found = evaluate(EvalRequest(str(output_dir), batch_size=32, max_new_tokens=1 if main == "perplexity" else None))
+        found = evaluate(
+            EvalRequest(str(output_dir), batch_size=32, max_new_tokens=1 if main == "perplexity" else None)
+        )
         scores = {name: dataclasses.asdict(score) for name, score in found.scores.items()}
     return {
         "page": page,

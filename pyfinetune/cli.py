@@ -103,7 +103,11 @@ def evaluate(
     from pyfinetune.train.evaluating import evaluate as run_eval
 
     given = (model, tuple(data or ()), task, rows, tuple(slice_by or ()), classify_by, max_new_tokens)
-    result = run_eval(EvalRequest(*given, batch_size, device, seed, answers))
+    try:
+        result = run_eval(EvalRequest(*given, batch_size, device, seed, answers))
+    except KeyboardInterrupt:
+        typer.echo("stopped; nothing was kept", err=True)
+        raise typer.Exit(130) from None
     typer.echo(json.dumps(dataclasses.asdict(result)) if as_json else "\n".join(evaluation_lines(result)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_cli import call
 from test_train_run import settings
 from tiny_model import CHATML, make_model, make_tokenizer, save_tiny, tiny_fixture  # noqa: F401
 
+import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.train import generating
 from pyfinetune.train.data import Row
@@ -351,20 +353,31 @@ def test_a_run_that_was_stopped_is_refused(run, tmp_path):
         find_model(tmp_path)
 
 
-def test_an_adapter_of_another_model_is_refused(run, tmp_path):
-    other = save_tiny(tmp_path / "other")
-    config = json.loads((Path(other) / "config.json").read_text())
-    found = find_model(run / "checkpoint-10")
-    model = make_model(positions=64)
-    model.config.hidden_size = config["hidden_size"]
+def test_an_adapter_of_another_model_is_refused(run, tiny, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    wide = LlamaConfig(**{**config, "hidden_size": 32, "head_dim": 8})
-    LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
-    import dataclasses
-
+    wide = {**json.loads((Path(tiny) / "config.json").read_text()), "hidden_size": 32, "head_dim": 8}
+    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(tmp_path / "wide")
+    adapter = Path(shutil.copytree(run / "checkpoint-10", tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "wide")})
+    )
     with pytest.raises(UserError, match="does not fit"):
-        load_for_use(dataclasses.replace(found, base=str(tmp_path / "wide")), torch.device("cpu"))
+        load_for_use(find_model(adapter), torch.device("cpu"))
+
+
+def test_a_model_that_was_saved_in_4_bits_is_evaluated(tiny, tmp_path):
+    model = pf.load_4bit(tiny)
+    model.save_pretrained(tmp_path / "small")
+    tokenizer = load_tokenizer(tiny, data_format="prompt_completion")
+    tokenizer.save_pretrained(tmp_path / "small")
+    data = write_rows(tmp_path / "rows.jsonl", SUMS[:6])
+    found = evaluate(EvalRequest(str(tmp_path / "small"), (data,), device="cpu"))
+    documents = tokenize(examples_of(SUMS[:6]), tokenizer, 64).documents
+    losses, targets = document_losses(model, documents, pad_token_id=0)
+    assert found.scores["loss"].value == pytest.approx(losses.sum() / targets.sum(), rel=1e-5)
+    assert find_model(tmp_path / "small").in_4bit
 
 
 def test_the_command_prints_and_takes_json(run, monkeypatch, capsys, tmp_path):
@@ -381,6 +394,12 @@ def test_the_command_prints_and_takes_json(run, monkeypatch, capsys, tmp_path):
     assert 0 <= found["scores"]["exact_match"]["low"] <= found["scores"]["exact_match"]["high"] <= 1
     assert call(monkeypatch, "eval", str(run), "--data", str(tmp_path / "nope.jsonl")) == 2
     assert "no such file" in capsys.readouterr().err
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyfinetune.train.evaluating.evaluate", interrupted)
+    assert call(monkeypatch, *given) == 130
 
 
 def test_generating_leaves_no_trace_in_the_randomness():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import adapter_model, changed_weights, save_adapter, save_base
+from tiny_heads import NAMES, save_encoder, save_encoder_decoder
 from tiny_model import make_tokenizer
 
 from pyfinetune import cli
 from pyfinetune.errors import UserError
+from pyfinetune.train.chat import open_chat
 from pyfinetune.train.config import parse_config
 from pyfinetune.train.export import Request, export
+from pyfinetune.train.heads import HEADS
 from pyfinetune.train.run import train
 from pyfinetune.train.saved import find_saved, load_saved
 
@@ -273,3 +277,53 @@ def test_an_adapter_model_is_the_one_in_memory(base, adapter):
     ids = torch.tensor([[4, 9, 61, 77]])
     with torch.no_grad():
         assert torch.equal(load_saved(find_saved(adapter))(ids).logits, adapter_model(base)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("head", "method"),
+    [
+        ("sequence_classification", "lora"),
+        ("sequence_classification", "qlora"),
+        ("token_classification", "lora"),
+        ("question_answering", "lora"),
+        ("masked_lm", "lora"),
+        ("seq2seq_lm", "lora"),
+        ("sequence_classification", "full"),
+    ],
+)
+def test_runs_with_heads(tmp_path, head, method):
+    """Every head is exported with the names of its classes, and computes what was trained."""
+    import transformers
+
+    model = (save_encoder_decoder if head == "seq2seq_lm" else save_encoder)(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in head_rows(head)))
+    values = settings(
+        model, tmp_path, train_file=str(data), method=method, head=head, test_size=None, max_length=48, doc_stride=8
+    )
+    train(parse_config(values))
+    result = export(Request(str(tmp_path / "run"), device="cpu"))
+    assert result.rows == "6 of the run's training rows"
+    kind = getattr(transformers, HEADS[head].auto_class)
+    again = kind.from_pretrained(tmp_path / "run-merged")
+    if "classification" in head:
+        labels = json.loads((tmp_path / "run" / "run.json").read_text())["head"]["labels"]
+        assert again.config.id2label == dict(enumerate(labels))
+    if method != "full":
+        copied = export(Request(str(tmp_path / "run"), "adapter", device="cpu"))
+        assert copied.base_in_4bit is (method == "qlora")
+        assert load_saved(find_saved(copied.output_dir)).config.num_labels == again.config.num_labels
+    with pytest.raises(UserError, match=r"gives no text") if head != "seq2seq_lm" else contextlib.nullcontext():
+        open_chat(tmp_path / "run-merged", "cpu", max_new_tokens=4).ask("who ran home ?", lambda piece: None)
+
+
+def head_rows(head: str) -> list[dict]:
+    """Six rows that differ in a name."""
+    if head == "token_classification":
+        return [{"tokens": ["then", name, "ran"], "tags": ["O", "B-person", "O"]} for name in NAMES]
+    if head == "question_answering":
+        return [{"question": "who ran ?", "context": f"then {n} ran home", "answers": {"text": [n]}} for n in NAMES]
+    if head == "seq2seq_lm":
+        return [{"source": f"hund katze {name}", "target": f"dog cat {name}"} for name in NAMES]
+    texts = [{"text": f"a film that {name} saw .", "label": ("neg", "pos")[i % 2]} for i, name in enumerate(NAMES)]
+    return [{"text": row["text"]} for row in texts] if head == "masked_lm" else texts

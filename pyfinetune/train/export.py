@@ -154,8 +154,7 @@ class _Export:
         self.dtype = DTYPES.get(request.dtype) or inner.dtype
         if request.to == "gguf":
             self.dtype = torch.float32  # the converter rounds, once
-        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-        self.generates = head is not None
+        self.generates = hasattr(inner, "can_generate") and inner.can_generate()
         if request.to == "gguf" and not self.generates:
             raise UserError(
                 f"--to gguf: {self.kind.__name__} is no language model, and llama.cpp's converter takes those only",

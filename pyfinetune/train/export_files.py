@@ -13,7 +13,7 @@ from typing import Any
 from pyfinetune.errors import UserError
 from pyfinetune.train.checkpoints import sync
 from pyfinetune.train.data import hash_files
-from pyfinetune.train.saved import ADAPTER, RECORD, WEIGHTS, Saved
+from pyfinetune.train.saved import ADAPTER, RECORD, WEIGHTS, Saved, head_config
 
 _ADAPTER_FILES = (WEIGHTS, ADAPTER)
 
@@ -87,6 +87,9 @@ def copy_adapter(saved: Saved, stage: Path) -> None:
     """
     for name in _ADAPTER_FILES:
         shutil.copyfile(saved.folder / name, stage / name)
+    beside = head_config(saved)
+    if beside is not None:
+        shutil.copyfile(beside, stage / beside.name)
     path = stage / ADAPTER
     content = json.loads(path.read_text(encoding="utf-8"))
     content["base_model_name_or_path"] = str(Path(saved.base).resolve()) if Path(saved.base).is_dir() else saved.base

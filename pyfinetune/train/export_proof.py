@@ -4,8 +4,8 @@ The adapter is merged in float64, where reassociating a sum moves nothing that f
 logits have to be those of the adapter model to one ulp of float32. What is written is then shown to be those weights,
 rounded once, every bit of them, and to compute in float64 what they compute in memory. The logits of the file as it is
 used have the bound of every kernel: the norm of their error, against the float64 run of the adapter model, may be twice
-that of the adapter model in the same dtype, plus one ulp of the exact norm, plus what rounding the weights does to the
-exact logits, which is measured.
+that of the adapter model in the same dtype (of the row where that is largest), plus one ulp of the exact norm, plus
+what rounding the weights does to the exact logits, which is measured.
 """
 
 from __future__ import annotations
@@ -253,7 +253,9 @@ def check_close(
         >>> check_close("merged", ours, reference.same, reference, torch.float32)  # doctest: +SKIP
     """
     items = judge(ours, usual, reference.truth, dtype)
-    items = [dataclasses.replace(item, allowed=item.allowed + (extra or {}).get(item.name, 0.0)) for item in items]
+    # The error of the two logits of a short row is a matter of chance; the largest of all rows' is less of one.
+    allowed = max(item.allowed for item in items) + max((extra or {}).values(), default=0.0)
+    items = [dataclasses.replace(item, allowed=allowed) for item in items]
     for item in items:
         if not item.ok:
             raise NotProved(

@@ -102,7 +102,6 @@ def _row(name: str, ids: Sequence[int], learned: Sequence[bool] | None, config: 
 
 def _of_run(saved: Saved, tokenizer: Any) -> tuple[tuple[list, str] | None, str]:
     """Rows of the run, held out where it held some out; or the reason why they cannot be had."""
-    from pyfinetune.train.cleaning import content_of
     from pyfinetune.train.reading import read_data
     from pyfinetune.train.repeat import config_of
     from pyfinetune.train.tokenizing import tokenize
@@ -112,14 +111,23 @@ def _of_run(saved: Saved, tokenizer: Any) -> tuple[tuple[list, str] | None, str]
         data = read_data(config)
         examples, words = (data.held_out, "held-out") if data.held_out else (data.train, "training")
         examples = examples[: 4 * _ROWS]
-        try:
+        head = (saved.record.get("head") or {}).get("kind", "causal_lm")
+        if head == "causal_lm":
             documents = tokenize(examples, tokenizer, config.max_length, config.completion_only_loss).documents
             rows = [(d.place, d.input_ids.tolist(), d.learned.tolist()) for d in documents]
-        except UserError:  # a task of another head, or rows of which nothing is learned: their texts will do
-            rows = [(e.place, tokenizer(content_of(e))["input_ids"], None) for e in examples]
+        else:  # the texts will do: what is compared is two models, not a model with an answer
+            rows = [(e.place, tokenizer(_text_of(e))["input_ids"], None) for e in examples]
     except UserError as error:
         return None, f"the run's data cannot be read: {error.message[:200]}"
     rows = [row for row in rows if len(row[1]) > 1][:_ROWS]
     if not rows:
         return None, "the run's rows are empty"
     return (rows, f"{len(rows)} of the run's {words} rows"), ""
+
+
+def _text_of(example: Any) -> str:
+    """All that an example says, whatever its task."""
+    from pyfinetune.train.cleaning import content_of
+
+    values = [" ".join(map(str, value)) if isinstance(value, list) else value for value in example.columns.values()]
+    return content_of(example) or " ".join(value for value in values if isinstance(value, str))

@@ -325,11 +325,12 @@ def load_skeleton(
     return model
 
 
-def read_config(name_or_path: str) -> Any:
+def read_config(name_or_path: str, quantized: bool = False) -> Any:
     """A model's configuration; nothing else is read.
 
     Args:
         name_or_path: a model's name on the hub or its folder.
+        quantized: whether a model in few bits will do.
 
     Returns:
         What transformers makes of its config.json.
@@ -342,7 +343,7 @@ def read_config(name_or_path: str) -> Any:
         30
     """
     with _refusals(name_or_path):
-        return _plain_config(name_or_path)
+        return _plain_config(name_or_path, quantized)
 
 
 @contextlib.contextmanager
@@ -363,12 +364,12 @@ def _refusals(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def _plain_config(name_or_path: str) -> Any:
-    """A model's configuration, of plain weights."""
+def _plain_config(name_or_path: str, quantized: bool = False) -> Any:
+    """A model's configuration, of plain weights where nothing else is said."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name_or_path)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not quantized:
         raise UserError(
             f"model_name_or_path: {name_or_path!r} is already quantized, and this command starts from plain weights",
             fix="give the model it was made from; method: qlora quantizes it while loading",

@@ -21,6 +21,7 @@ import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.hf.loading import take_quantization
 from pyfinetune.train.data import hash_files
+from pyfinetune.train.heads import HEADS
 from pyfinetune.train.manifest import read_manifest
 
 ADAPTER, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "export.json"
@@ -172,14 +173,15 @@ def load_base(saved: Saved, in_4bit: bool) -> Any:
         quantized = take_quantization(config) is not None
         kind = getattr(transformers, model_class(saved, config))
         if saved.is_adapter:
-            _fit_labels(config, saved)
-        options["config"] = config
-        if quantized or in_4bit:
-            options.pop("config")
+            config = _with_head(config, saved)
+        if quantized:
+            # What the checkpoint says of its layers is in its own configuration.
             changed = {"num_labels": config.num_labels} if _labels(saved) else {}
             model = pf.load_4bit(name, model_class=kind, **changed, **options)
         else:
-            model = _quietly(kind, name, options)
+            if in_4bit:
+                options["quantization_config"] = pf.Config4bit(skip=("lm_head", *_trained_whole(kind, config, saved)))
+            model = _quietly(kind, name, {**options, "config": config})
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         if isinstance(error, InvalidInput):
             raise
@@ -192,6 +194,8 @@ def load_base(saved: Saved, in_4bit: bool) -> Any:
         ) from error
     if saved.is_adapter:
         _fit_vocabulary(model, saved)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = True
     return model.eval()
 
 
@@ -231,12 +235,15 @@ def model_class(saved: Saved, config: Any) -> str:
         config: configuration of the base, or of the whole model.
 
     Returns:
-        By the adapter's task, else by the architecture that the configuration names.
+        By the run's head, else by the adapter's task, else by the architecture that the configuration names.
 
     Example:
         >>> model_class(saved, config)  # doctest: +SKIP
         'AutoModelForCausalLM'
     """
+    head = ((saved.record or {}).get("head") or {}).get("kind")
+    if saved.is_adapter and head in HEADS:
+        return HEADS[head].auto_class
     if saved.is_adapter:
         task = (_read_json(saved.folder / ADAPTER) or {}).get("task_type")
         if task in _CLASSES:
@@ -252,7 +259,7 @@ def _quietly(kind: Any, name: str, options: dict[str, Any]) -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return kind.from_pretrained(name, use_safetensors=True, **options)
+        return kind.from_pretrained(name, use_safetensors=True, ignore_mismatched_sizes=True, **options)
     finally:
         logging.set_verbosity(before)
 
@@ -382,19 +389,58 @@ def _labels(saved: Saved) -> int | None:
     )
 
 
-def _fit_labels(config: Any, saved: Saved) -> None:
-    """Give the configuration as many classes as the head has that was trained."""
+def head_config(saved: Saved) -> Path | None:
+    """The configuration that a run has saved beside an adapter: of a head, with the names of its classes.
+
+    Args:
+        saved: what `find_saved` returned.
+
+    Returns:
+        The file, or None.
+
+    Example:
+        >>> head_config(find_saved("runs/sentiment"))  # doctest: +SKIP
+        PosixPath('runs/sentiment/config.json')
+    """
+    places = [saved.folder]
+    if saved.record is not None and _CHECKPOINT.fullmatch(saved.folder.name):
+        places.append(saved.folder.parent)
+    return next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
+
+
+def _with_head(config: Any, saved: Saved) -> Any:
+    """The base's configuration with the head that was trained: as it was saved, or as large as its weights are."""
+    from transformers import AutoConfig
+
+    path = head_config(saved)
+    if path is not None:
+        config = AutoConfig.from_pretrained(str(path.parent))
+        take_quantization(config)
+        return config
     count = _labels(saved)
     if count is not None and count != config.num_labels:
         config.num_labels = count
+    return config
+
+
+def _trained_whole(kind: Any, config: Any, saved: Saved) -> list[str]:
+    """Names of modules that were trained beside the adapter, so that they were never in 4 bits."""
+    wanted = set((_read_json(saved.folder / ADAPTER) or {}).get("modules_to_save") or ())
+    if not wanted:
+        return []
+    with torch.device("meta"):
+        make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        skeleton = make(config)
+    return sorted(wanted & {name.rpartition(".")[2] for name, _ in skeleton.named_modules()} - {"lm_head"})
 
 
 def _fit_vocabulary(model: Any, saved: Saved) -> None:
     """Make the base's vocabulary as large as that of the embeddings which were trained with the adapter."""
-    rows = {
-        shape[0] for name, shape in _shapes(saved).items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    }
     embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    shapes = _shapes(saved)
+    rows = {shape[0] for name, shape in shapes.items() if name.endswith(tuple(f"{own}.weight" for own in names))}
+    rows |= {shape[1] for name, shape in shapes.items() if name.endswith(tuple(f"{n}.lora_embedding_A" for n in names))}
     if rows and embedding is not None and max(rows) != embedding.weight.shape[0]:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
 

@@ -18,7 +18,8 @@ import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.train import generating
 from pyfinetune.train.data import Row
-from pyfinetune.train.evaluating import EvalRequest, evaluate, longest_answer, task_of
+from pyfinetune.train.eval_rows import longest_answer, task_of
+from pyfinetune.train.evaluating import EvalRequest, evaluate
 from pyfinetune.train.formats import to_examples
 from pyfinetune.train.generating import document_losses, generate_answers
 from pyfinetune.train.predicting import (

@@ -132,7 +132,9 @@ def test_generation_refuses(prompts, options, said):
         generate_answers(make_model(), make_tokenizer(), prompts, **options)
 
 
-def test_losses_are_the_models_own_whatever_the_batch():
+@pytest.mark.parametrize("most", [4096, 40, 1])
+def test_losses_are_the_models_own_whatever_the_batch(most, monkeypatch):
+    monkeypatch.setattr(generating, "_MOST_LOGITS", most)
     model, tokenizer = make_model().eval(), make_tokenizer()
     documents = tokenize(examples_of(SUMS[:7]), tokenizer, 64).documents
     losses, targets = document_losses(model, documents, pad_token_id=0, batch_size=3)
@@ -143,6 +145,16 @@ def test_losses_are_the_models_own_whatever_the_batch():
             mean = model(input_ids=ids, labels=labels).loss
         assert loss / count == pytest.approx(float(mean), rel=1e-5)
         assert count == document.learned.sum()
+
+
+def test_every_row_is_in_one_batch_of_the_size_that_was_asked_for():
+    lengths = np.random.default_rng(0).integers(1, 50, size=40).tolist()
+    for most in (None, 60, 1):
+        batches = generating.batches_by_length(lengths, 4, most)
+        assert sorted(at for batch in batches for at in batch) == list(range(40))
+        assert all(len(batch) <= 4 for batch in batches)
+        assert all(len(batch) == 1 or most is None or len(batch) * lengths[batch[0]] <= most for batch in batches)
+    assert generating.batches_by_length([], 4) == []
 
 
 # prompts and references

@@ -335,7 +335,11 @@ def _auto_kind(model_config: Any, data_format: str) -> str | None:
         return next((head.kind for head in fitting if data_format in head.formats), None)
     # A decoder that was saved with a head of its own goes on with it.
     saved = " ".join(getattr(model_config, "architectures", None) or ())
-    endings = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification"}
+    endings = {
+        "ForSequenceClassification": "sequence_classification",
+        "ForTokenClassification": "token_classification",
+        "ForQuestionAnswering": "question_answering",
+    }
     for ending, kind in endings.items():
         if ending in saved and data_format in HEADS[kind].formats:
             return kind

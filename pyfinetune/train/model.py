@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,12 @@ from pyfinetune.linear4bit import Linear4bit, choose_targets
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What transformers calls the modules at the end of a model, which stay dense under 4-bit weights.
-_HEADS = {"classifier", "score", "qa_outputs", "pre_classifier", "pooler"}
+# Heads that PEFT trains and saves whole; of the latter two it learns too late that they take no adapters.
+_SAVED_BY_PEFT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -133,8 +137,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     device = device or choose_device("auto")
-    with _refusals(name_or_path):
-        config = _plain_config(name_or_path)
+    with refusals(name_or_path):
+        config = plain_config(name_or_path)
         chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
         options = _attention(attn_implementation)
         if method == "qlora":
@@ -142,77 +146,6 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
     model.config.use_cache = False
     return model.to(device)
-
-
-def load_with_head(
-    name_or_path: str,
-    auto_class: str,
-    *,
-    labels: Sequence[str] = (),
-    outputs: int | None = None,
-    pad_token_id: int | None = None,
-    method: str = "lora",
-    dtype: str = "auto",
-    device: torch.device | None = None,
-    attn_implementation: str | None = None,
-) -> tuple[PreTrainedModel, list[str]]:
-    """Load a model with a head of its own, quantized to NF4 but for the head for `qlora`.
-
-    Args:
-        name_or_path: a model's name on the hub or its folder.
-        auto_class: the class of transformers that loads it.
-        labels: names of the head's classes; they are saved with the model.
-        outputs: how many values the head gives where they have no names.
-        pad_token_id: what rows are filled up with, which a head at the end of a row has to know.
-        method: `lora`, `qlora` or `full`.
-        dtype: `auto` or a type's name; `auto` is float32, and with frozen weights on a GPU as of `choose_dtype`.
-        device: where the run will be; None takes a GPU where there is one.
-        attn_implementation: a name as `transformers` knows it; None lets it choose.
-
-    Returns:
-        The model on `device`, and the paths of its modules that the checkpoint has not, such as a new classifier.
-
-    Raises:
-        UserError: as `load_model`; or a module that `qlora` quantizes is new.
-
-    Example:
-        >>> load_with_head("path/to/bert", "AutoModelForSequenceClassification", labels=["neg", "pos"])[1]
-        ... # doctest: +SKIP
-        ['bert.pooler', 'classifier']
-    """
-    import transformers
-
-    device = device or choose_device("auto")
-    with _refusals(name_or_path):
-        config = _plain_config(name_or_path)
-        other_size = name_head(config, labels, outputs, pad_token_id)
-        # On a CPU nothing is gained by a head in half precision, which small updates would not move.
-        kept = config.dtype if device.type == "cuda" else torch.float32
-        chosen = choose_dtype(dtype, method, kept, device)
-        options = _attention(attn_implementation)
-        if method == "qlora":
-            skeleton = load_skeleton(name_or_path, auto_class=auto_class, labels=labels, outputs=outputs)
-            names = {name.rpartition(".")[2] for name, _ in skeleton.named_modules()}
-            options["quantization_config"] = pf.Config4bit(skip=("lm_head", *sorted(names & _HEADS)))
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=chosen,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=other_size,
-            **options,
-        )
-    fresh = fresh_modules(model, [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
-    for name in fresh:
-        if any(isinstance(module, Linear4bit) for module in model.get_submodule(name).modules()):
-            raise UserError(
-                f"method: qlora: {name} is not in {name_or_path}, so it has to be trained, and 4 bits cannot be",
-                fix="set method: lora or full",
-            )
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model.to(device), fresh
 
 
 def name_head(config: PretrainedConfig, labels: Sequence[str], outputs: int | None, pad_token_id: int | None) -> bool:
@@ -243,31 +176,6 @@ def name_head(config: PretrainedConfig, labels: Sequence[str], outputs: int | No
     if labels:
         config.problem_type = "single_label_classification"
     return other_size
-
-
-def fresh_modules(model: torch.nn.Module, missing: Iterable[str]) -> list[str]:
-    """The modules all of whose parameters a checkpoint has not.
-
-    Args:
-        model: any model.
-        missing: names of the parameters that were made anew.
-
-    Returns:
-        Paths of the outermost such modules, sorted.
-
-    Example:
-        >>> fresh_modules(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), ["1.weight", "1.bias"])
-        ['1']
-    """
-    missing = {name for name, _ in model.named_parameters()} & set(missing)
-    known = {name for name, _ in model.named_parameters()} - missing
-    found = set()
-    for name in missing:
-        parts = name.split(".")[:-1]
-        whole = [n for n in range(1, len(parts) + 1) if not any(k.startswith(".".join(parts[:n]) + ".") for k in known)]
-        if whole:
-            found.add(".".join(parts[: whole[0]]))
-    return sorted(found)
 
 
 def load_skeleton(
@@ -304,8 +212,8 @@ def load_skeleton(
     """
     import transformers
 
-    with _refusals(name_or_path):
-        config = _plain_config(name_or_path)
+    with refusals(name_or_path):
+        config = plain_config(name_or_path)
         name_head(config, labels, outputs, None)
         if layers is not None:
             text = config.get_text_config()
@@ -341,13 +249,24 @@ def read_config(name_or_path: str) -> Any:
         >>> read_config("path/to/model").num_hidden_layers  # doctest: +SKIP
         30
     """
-    with _refusals(name_or_path):
-        return _plain_config(name_or_path)
+    with refusals(name_or_path):
+        return plain_config(name_or_path)
 
 
 @contextlib.contextmanager
-def _refusals(name_or_path: str) -> Iterator[None]:
-    """Whatever transformers says against a model becomes one sentence and its mend."""
+def refusals(name_or_path: str) -> Iterator[None]:
+    """Whatever transformers says against a model becomes one sentence and its mend.
+
+    Args:
+        name_or_path: the model, for the message.
+
+    Raises:
+        UserError: within, something was raised that a person can mend.
+
+    Example:
+        >>> with refusals("no/such-model"):
+        ...     pass
+    """
     where = f"model_name_or_path: {name_or_path!r}"
     if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
@@ -363,8 +282,22 @@ def _refusals(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def _plain_config(name_or_path: str) -> Any:
-    """A model's configuration, of plain weights."""
+def plain_config(name_or_path: str) -> Any:
+    """A model's configuration, of plain weights.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+
+    Returns:
+        What transformers makes of its config.json.
+
+    Raises:
+        UserError: its weights are quantized.
+
+    Example:
+        >>> plain_config("path/to/model").model_type  # doctest: +SKIP
+        'llama'
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name_or_path)
@@ -417,13 +350,14 @@ def add_adapters(
                     f"target_modules: no layer of the model is called {target!r}",
                     fix=f"choose among {', '.join(names)}",
                 )
+    heads = [name for name in _SAVED_BY_PEFT.get(task_type, ()) if hasattr(model, name)]
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
         task_type=task_type,
-        modules_to_save=list(fresh) or None,
+        modules_to_save=sorted({*fresh, *heads}) or None,
     )
     try:
         with warnings.catch_warnings():
@@ -431,23 +365,12 @@ def add_adapters(
             warnings.filterwarnings(
                 "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
             )
-            return get_peft_model(model, pf.lora_config(config))
+            adapted = get_peft_model(model, pf.lora_config(config))
     except ValueError as error:
         raise UserError(f"target_modules: {error}", fix=f"choose among {', '.join(names)}") from error
-
-
-def widen_trainable(model: torch.nn.Module) -> None:
-    """Hold what is trained in float32, since a small update of a half-precision weight is rounded away.
-
-    Args:
-        model: with adapters, perhaps with a head that is trained whole; it then runs under autocast.
-
-    Example:
-        >>> widen_trainable(model)  # doctest: +SKIP
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    if adapted.active_peft_config.modules_to_save:  # to which PEFT has added what was there
+        adapted.active_peft_config.modules_to_save = list(dict.fromkeys(adapted.active_peft_config.modules_to_save))
+    return adapted
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:

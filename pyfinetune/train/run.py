@@ -24,6 +24,7 @@ import pyfinetune as pf
 from pyfinetune.errors import UserError
 from pyfinetune.train import card, checkpoints, manifest, preflight, results
 from pyfinetune.train.config import RunConfig, config_digest
+from pyfinetune.train.head_model import load_with_head, widen_trainable
 from pyfinetune.train.head_rows import tokenizer_for
 from pyfinetune.train.heads import HEADS, Head, choose_head, may_be_unanswered
 from pyfinetune.train.model import (
@@ -31,8 +32,6 @@ from pyfinetune.train.model import (
     check_length,
     choose_device,
     load_model,
-    load_with_head,
-    widen_trainable,
 )
 from pyfinetune.train.packing import check_isolation, is_flat
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyfinetune.train.config import ADAPTER_LEN, LORA_METHODS, VIRTUAL_TOKENS
+
 _PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "datasets", "tokenizers")
 
 
@@ -23,17 +25,13 @@ def model_card(record: dict[str, Any]) -> str:
     """
     config, data, model, result = (record[key] for key in ("config", "data", "model", "result"))
     name, base = Path(config["output_dir"]).name, model["name_or_path"]
-    full = config["method"] == "full"
-    what = "All weights of" if full else f"A LoRA adapter (rank {config['lora_r']}) for"
     train = data["train"]
     lines = [
         f"---\n{_front_matter(record, name)}\n---",
         f"# {_plain(name)}",
-        f"{what} {_code(base)}, trained with pyfinetune ({config['method']}).",
+        f"{_what(config)} {_code(base)}, trained with pyfinetune ({config['method']}).",
         "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({config['output_dir']!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({config['output_dir']!r})\n```",
+        _use(config),
         *(["The base was in 4 bits (NF4) while the adapter learned."] if config["method"] == "qlora" else []),
         "## Training data",
         f"{_sources(config)}: {train['examples']:,} examples, {train['tokens']:,} tokens, of which"
@@ -50,6 +48,35 @@ def model_card(record: dict[str, Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _what(config: dict[str, Any]) -> str:
+    """What was trained, up to the model's name."""
+    method, virtual = config["method"], config.get("num_virtual_tokens") or VIRTUAL_TOKENS
+    if method in LORA_METHODS:
+        kind = "DoRA" if config.get("use_dora") or method == "dora" else "LoRA"
+        stable = "rank-stabilised " if config.get("use_rslora") or method == "rslora" else ""
+        return f"A {stable}{kind} adapter (rank {config['lora_r']}) for"
+    return {
+        "full": "All weights of",
+        "prompt_tuning": f"A learned prompt of {virtual} virtual tokens for",
+        "prefix_tuning": f"A learned prefix of {virtual} virtual tokens for",
+        "ia3": "Learned scales of keys, values and feed-forward inputs, (IA)^3, for",
+        "adaption_prompt": f"Adaption prompts of {config.get('adapter_len') or ADAPTER_LEN} tokens for",
+    }[method]
+
+
+def _use(config: dict[str, Any]) -> str:
+    """Lines of Python that load the result."""
+    # transformers itself takes LoRA's folders, PEFT all of its own.
+    plain = config["method"] == "full" or config["method"] in LORA_METHODS
+    kind = "AutoModelForCausalLM" if plain else "AutoPeftModelForCausalLM"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if not plain:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n"
+    folder = repr(config["output_dir"])
+    loads = f"model = {kind}.from_pretrained({folder})\ntokenizer = AutoTokenizer.from_pretrained({folder})\n"
+    return f"```python\n{imports}{loads}```"
+
+
 def _front_matter(record: dict[str, Any], name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -63,7 +90,8 @@ def _front_matter(record: dict[str, Any], name: str) -> str:
         for metric, value in metrics.items()
         if value is not None
     ]
-    tags = ["pyfinetune", method, *([] if full else ["lora", f"base_model:adapter:{base}"])]
+    tags = ["pyfinetune", method, *(["lora"] if method in LORA_METHODS else [])]
+    tags += [] if full else [f"base_model:adapter:{base}"]
     facts = ModelCardData(
         base_model=base,
         library_name="transformers" if full else "peft",

@@ -108,6 +108,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | None = None,
     attn_implementation: str | None = None,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, quantized to NF4 for `qlora`.
 
@@ -117,6 +118,7 @@ def load_model(
         dtype: `auto` or a type's name; see `choose_dtype`.
         device: where the run will be; None takes a GPU where there is one.
         attn_implementation: a name as `transformers` knows it; None lets it choose.
+        dropout: chance that training drops a value wherever the model has dropout; None leaves the model's own.
 
     Returns:
         The model on `device`, its cache switched off.
@@ -134,7 +136,7 @@ def load_model(
     with _refusals(name_or_path):
         config = _plain_config(name_or_path)
         chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
-        options = _attention(attn_implementation)
+        options = _attention(attn_implementation) | _dropouts(config, dropout)
         if method == "qlora":
             options["quantization_config"] = pf.Config4bit()
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
@@ -247,15 +249,21 @@ def add_adapters(
     alpha: float = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
+    rslora: bool = False,
+    dora: bool = False,
+    task_type: str = "CAUSAL_LM",
 ) -> Any:
     """Freeze the model and add trainable low-rank adapters (PEFT) to its linear layers.
 
     Args:
         model: what `load_model` returned.
         r: rank.
-        alpha: the adapters are scaled by alpha / r.
+        alpha: the adapters are scaled by alpha / r, or with `rslora` by alpha / sqrt(r).
         dropout: chance of dropping an input of an adapter while training.
         target_modules: names of the layers, or `all-linear` for every linear layer but the output head.
+        rslora: scale by the root of the rank.
+        dora: learn each weight's magnitude apart from its direction.
+        task_type: PEFT's name of the task.
 
     Returns:
         The PEFT model.
@@ -266,29 +274,66 @@ def add_adapters(
     Example:
         >>> add_adapters(model, r=8).print_trainable_parameters()  # doctest: +SKIP
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    names = linear_names(model)
     if isinstance(target_modules, list):
-        known = {name for name, _ in model.named_modules()}
-        for target in target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in known):
-                raise UserError(
-                    f"target_modules: no layer of the model is called {target!r}",
-                    fix=f"choose among {', '.join(names)}",
-                )
+        check_targets(model, target_modules)
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        use_rslora=rslora,
+        use_dora=dora,
+        task_type=task_type,
     )
     try:
-        with warnings.catch_warnings():
-            # PEFT asks for a property by a name that newer versions of transformers call deprecated.
-            warnings.filterwarnings(
-                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
-            )
-            return get_peft_model(model, pf.lora_config(config))
+        return wrap(model, pf.lora_config(config))
     except ValueError as error:
-        raise UserError(f"target_modules: {error}", fix=f"choose among {', '.join(names)}") from error
+        names = ", ".join(linear_names(model))
+        raise UserError(f"target_modules: {error}", fix=f"choose among {names}") from error
+
+
+def wrap(model: PreTrainedModel, settings: Any) -> Any:
+    """`peft.get_peft_model`, without what it says about names in newer versions of transformers.
+
+    Args:
+        model: the base model.
+        settings: a `peft.PeftConfig`.
+
+    Returns:
+        The PEFT model.
+
+    Example:
+        >>> wrap(model, LoraConfig())  # doctest: +SKIP
+    """
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        return get_peft_model(model, settings)
+
+
+def check_targets(model: torch.nn.Module, target_modules: list[str]) -> None:
+    """Check that a model has layers of these names.
+
+    Args:
+        model: any model.
+        target_modules: paths of layers, or their last parts.
+
+    Raises:
+        UserError: no layer has such a name.
+
+    Example:
+        >>> check_targets(model, ["q_proj"])  # doctest: +SKIP
+    """
+    known = {name for name, _ in model.named_modules()}
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            raise UserError(
+                f"target_modules: no layer of the model is called {target!r}",
+                fix=f"choose among {', '.join(linear_names(model))}",
+            )
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -310,6 +355,24 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D)
     linears = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     return sorted({name.rsplit(".", 1)[-1] for name in linears})
+
+
+def _dropouts(config: PretrainedConfig, dropout: float | None) -> dict[str, float]:
+    """Every chance of dropout in a model's configuration, set to one value."""
+    if dropout is None:
+        return {}
+    values = config.get_text_config().to_dict()
+    names = [
+        name
+        for name, value in values.items()
+        if ("dropout" in name or name.endswith("pdrop")) and (value is None or type(value) in (int, float))
+    ]
+    if not names:
+        raise UserError(
+            f"dropout: a {config.model_type} has none to set",
+            fix="leave dropout out; lora_dropout and trainer: weight_decay are there for every model",
+        )
+    return dict.fromkeys(names, dropout)
 
 
 def _attention(name: str | None) -> dict[str, Any]:

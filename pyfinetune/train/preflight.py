@@ -18,7 +18,8 @@ import numpy as np
 from pyfinetune.errors import UserError
 from pyfinetune.train.cleaning import Finding
 from pyfinetune.train.config import RunConfig, load_config
-from pyfinetune.train.model import add_adapters, check_length, choose_device, load_skeleton
+from pyfinetune.train.methods import add_method
+from pyfinetune.train.model import check_length, choose_device, load_skeleton
 from pyfinetune.train.packing import pack
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.tokenizing import Document, Tokenized, load_tokenizer
@@ -215,7 +216,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
             fix="save the model again with a current transformers, which writes them",
         )
     model = load_skeleton(config.model_name_or_path)
-    check_length(model.config, config.max_length, config.model_name_or_path)
+    check_length(model.config, config.max_length + config.virtual_tokens, config.model_name_or_path)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     highest, place = max(
         (int(document.input_ids.max()), document.place) for row in rows.train + rows.held_out for document in row
@@ -226,8 +227,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
             fix="give the model the tokenizer it was trained with, or resize its embeddings and save it again",
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if config.method != "full":
-        model = add_adapters(model, r=config.lora_r, target_modules=config.target_modules)
+    model = add_method(model, config)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "name_or_path": config.model_name_or_path,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from rich.console import Console
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train import card, checkpoints, manifest, preflight, results
+from pyfinetune.train import card, checkpoints, manifest, preflight, processes, results
 from pyfinetune.train.config import RunConfig, config_digest
-from pyfinetune.train.model import add_adapters, check_length, choose_device, load_model
+from pyfinetune.train.methods import add_method
+from pyfinetune.train.model import check_length, choose_device, load_model
 from pyfinetune.train.packing import check_isolation, is_flat
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.report import rows_lines
@@ -90,16 +90,10 @@ def prepare_model(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
         dtype=config.dtype,
         device=device,
         attn_implementation=config.attn_implementation,
+        dropout=config.dropout,
     )
-    check_length(model.config, config.max_length, config.model_name_or_path)
-    if config.method != "full":
-        model = add_adapters(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-        )
+    check_length(model.config, config.max_length + config.virtual_tokens, config.model_name_or_path)
+    model = add_method(model, config)
     report = pf.patch(model) if config.patch else None
     if config.packing:
         flat = is_flat(getattr(model.config, "_attn_implementation", None))
@@ -125,11 +119,15 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
         >>> find_start(config, "", print)  # doctest: +SKIP
         PosixPath('out/checkpoint-40')
     """
-    if os.environ.get("RANK", "0") == "0":
-        checkpoints.clear_leftovers(Path(config.output_dir))
+    with processes.first_process_first(choose_device(config.device)):
+        if processes.is_first():
+            checkpoints.clear_leftovers(Path(config.output_dir))
     existing = checkpoints.list_checkpoints(config.output_dir)
+    sharded = processes.shards_weights(config)
     if config.resume not in ("auto", "never"):
-        return checkpoints.check_resume_path(config.resume)
+        named = checkpoints.check_resume_path(config.resume)
+        checkpoints.check_kind(named, sharded)
+        return named
     if not existing:
         return None
     if config.resume == "never":
@@ -138,10 +136,13 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
             fix="set another output_dir, delete that folder, or set resume: auto to go on",
         )
     earlier = manifest.read_manifest(Path(config.output_dir) / "run.json")
-    manifest.check_same_run(earlier, config_digest(config), data_hash, config.output_dir)
+    batch = processes.batch_of(config).to_dict()
+    manifest.check_same_run(earlier, config_digest(config), data_hash, config.output_dir, batch)
     found, skipped = checkpoints.newest_complete(config.output_dir)
     for sentence in skipped:
         say(f"warning: {sentence}")
+    if found is not None:
+        checkpoints.check_kind(found, sharded)
     say(f"going on from {found}" if found else "no whole checkpoint found: starting from the beginning")
     return found
 
@@ -171,16 +172,19 @@ def train(
         ... # doctest: +SKIP
     """
     # Under torchrun every process runs this; one of them speaks.
-    console = console or Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    console = console or Console(stderr=True, quiet=not processes.is_first())
     device = choose_device(config.device)
+    processes.check_sharding(config)
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise UserError(f"output_dir: {out} is a file", fix="give the path of a folder, existing or not")
-    data = read_data(config)
+    with processes.first_process_first(device):
+        data = read_data(config)
     earlier = manifest.read_manifest(out / "run.json")
     if _already_complete(earlier, config, data):
         _say(console, f"{out} holds this very run, complete: nothing to do (change output_dir to run it again)")
-        results.complete_report(config)
+        if processes.is_first():
+            results.complete_report(config)
         return TrainResult(**earlier["result"])
     start = find_start(config, data.sha256, lambda message: _say(console, message))
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data.format)
@@ -254,33 +258,38 @@ def _fit(
         bar.close()
         stop.close()
     result = _result(config, trainer, outcome, metrics, start, interrupted=stop.signal is not None)
+    whole = None if result.interrupted else trainer.whole_weights()
     if is_main:
         record |= {"status": "interrupted" if result.interrupted else "complete", "finished": manifest.now()}
         record |= {"result": dataclasses.asdict(result)}
         if not result.interrupted:
-            save_final(model, tokenizer, out)
+            save_final(model, tokenizer, out, whole)
             (out / "README.md").write_text(card.model_card(record), encoding="utf-8")
             checkpoints.sync_files(out)
         manifest.write_manifest(out / "run.json", record)
         if not result.interrupted and config.report:
-            results.finish_report(config, model, tokenizer, lambda message: _say(console, message))
+            answering = model if whole is None else None  # spread over the processes, it would wait for the others
+            results.finish_report(config, answering, tokenizer, lambda message: _say(console, message))
     return result
 
 
-def save_final(model: Any, tokenizer: Any, output_dir: str | Path) -> None:
+def save_final(
+    model: Any, tokenizer: Any, output_dir: str | Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Save the trained adapter, or the whole model when it has none, with its tokenizer.
 
     Args:
         model: the trained model.
         tokenizer: its tokenizer.
         output_dir: the folder; `PeftModel.from_pretrained` (or `AutoModelForCausalLM`) reads it.
+        weights: the model's, by name, where it does not hold them itself.
 
     Example:
         >>> save_final(model, tokenizer, "out")  # doctest: +SKIP
     """
     # The cache is off for training only; a saved model that says so would generate slowly ever after.
     model.config.use_cache = True
-    model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, **({} if weights is None else {"state_dict": weights}))
     model.config.use_cache = False
     tokenizer.save_pretrained(output_dir)
 
@@ -319,10 +328,11 @@ def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: D
 
 def _model_line(record: dict[str, Any]) -> str:
     model, kernels = record["model"], record["kernels"]
-    return (
+    words = (
         f"model: {model['name_or_path']}, {record['config']['method']}, {model['dtype']} on {record['device']},"
         f" {model['trainable_parameters']:,} trainable parameters, {kernels['swapped']} modules on fast kernels"
     )
+    return words if record["world_size"] == 1 else f"{words}\na step takes {processes.Batch.of(record['batch'])}"
 
 
 def _say(console: Console, message: str) -> None:

@@ -48,7 +48,7 @@ def test_every_configuration_is_accepted(page, block, tmp_path):
             continue
         config = load_config(path)
         assert config.output_dir.startswith("runs/")
-    assert tutorial.SHORT_STEPS == (config.rows if "run" in yaml.safe_load(text) else config.trainer["max_steps"])
+    assert (config.rows if "run" in yaml.safe_load(text) else config.trainer["max_steps"]) == tutorial.SHORT_STEPS
 
 
 @a_page

@@ -13,7 +13,15 @@ import torch
 import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.linear4bit import Linear4bit
-from pyfinetune.train.model import choose_device, choose_dtype, load_skeleton, name_head, plain_config, refusals
+from pyfinetune.train.model import (
+    choose_device,
+    choose_dtype,
+    dropouts,
+    load_skeleton,
+    name_head,
+    plain_config,
+    refusals,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +42,7 @@ def load_with_head(
     dtype: str = "auto",
     device: torch.device | None = None,
     attn_implementation: str | None = None,
+    dropout: float | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model with a head of its own, quantized to NF4 but for the head for `qlora`.
 
@@ -47,6 +56,7 @@ def load_with_head(
         dtype: `auto` or a type's name; `auto` is float32, and with frozen weights on a GPU as of `choose_dtype`.
         device: where the run will be; None takes a GPU where there is one.
         attn_implementation: a name as `transformers` knows it; None lets it choose.
+        dropout: chance that training drops a value wherever the model has dropout; None leaves the model's own.
 
     Returns:
         The model on `device`, and the paths of its modules that the checkpoint has not, such as a new classifier.
@@ -66,6 +76,8 @@ def load_with_head(
     with refusals(name_or_path):
         config = plain_config(name_or_path)
         other_size = name_head(config, labels, outputs, pad_token_id)
+        for name, value in dropouts(config, dropout).items():
+            setattr(config.get_text_config(), name, value)
         # On a CPU nothing is gained by a head in half precision, which small updates would not move.
         kept = config.dtype if device.type == "cuda" else torch.float32
         chosen = choose_dtype(dtype, method, kept, device)

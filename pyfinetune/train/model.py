@@ -114,6 +114,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | None = None,
     attn_implementation: str | None = None,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, quantized to NF4 for `qlora`.
 
@@ -123,6 +124,7 @@ def load_model(
         dtype: `auto` or a type's name; see `choose_dtype`.
         device: where the run will be; None takes a GPU where there is one.
         attn_implementation: a name as `transformers` knows it; None lets it choose.
+        dropout: chance that training drops a value wherever the model has dropout; None leaves the model's own.
 
     Returns:
         The model on `device`, its cache switched off.
@@ -140,7 +142,7 @@ def load_model(
     with refusals(name_or_path):
         config = plain_config(name_or_path)
         chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
-        options = _attention(attn_implementation)
+        options = _attention(attn_implementation) | dropouts(config, dropout)
         if method == "qlora":
             options["quantization_config"] = pf.Config4bit()
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
@@ -316,6 +318,8 @@ def add_adapters(
     alpha: float = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
+    rslora: bool = False,
+    dora: bool = False,
     task_type: str | None = "CAUSAL_LM",
     fresh: Sequence[str] = (),
 ) -> Any:
@@ -324,9 +328,11 @@ def add_adapters(
     Args:
         model: what `load_model` returned.
         r: rank.
-        alpha: the adapters are scaled by alpha / r.
+        alpha: the adapters are scaled by alpha / r, or with `rslora` by alpha / sqrt(r).
         dropout: chance of dropping an input of an adapter while training.
         target_modules: names of the layers, or `all-linear` for every linear layer but the output head.
+        rslora: scale by the root of the rank.
+        dora: learn each weight's magnitude apart from its direction.
         task_type: PEFT's name of what the model is for; it knows which heads are trained and saved whole.
         fresh: paths of further modules that are trained and saved whole, because no checkpoint has them.
 
@@ -339,38 +345,90 @@ def add_adapters(
     Example:
         >>> add_adapters(model, r=8).print_trainable_parameters()  # doctest: +SKIP
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    names = linear_names(model)
     if isinstance(target_modules, list):
-        known = {name for name, _ in model.named_modules()}
-        for target in target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in known):
-                raise UserError(
-                    f"target_modules: no layer of the model is called {target!r}",
-                    fix=f"choose among {', '.join(names)}",
-                )
-    heads = [name for name in _SAVED_BY_PEFT.get(task_type, ()) if hasattr(model, name)]
+        check_targets(model, target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
+        use_rslora=rslora,
+        use_dora=dora,
         task_type=task_type,
-        modules_to_save=sorted({*fresh, *heads}) or None,
+        modules_to_save=whole_modules(model, task_type, fresh),
     )
     try:
-        with warnings.catch_warnings():
-            # PEFT asks for a property by a name that newer versions of transformers call deprecated.
-            warnings.filterwarnings(
-                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
-            )
-            adapted = get_peft_model(model, pf.lora_config(config))
+        return wrap(model, pf.lora_config(config))
     except ValueError as error:
-        raise UserError(f"target_modules: {error}", fix=f"choose among {', '.join(names)}") from error
-    if adapted.active_peft_config.modules_to_save:  # to which PEFT has added what was there
-        adapted.active_peft_config.modules_to_save = list(dict.fromkeys(adapted.active_peft_config.modules_to_save))
+        names = ", ".join(linear_names(model))
+        raise UserError(f"target_modules: {error}", fix=f"choose among {names}") from error
+
+
+def wrap(model: PreTrainedModel, settings: Any) -> Any:
+    """`peft.get_peft_model`, without what it says about names in newer versions of transformers.
+
+    Args:
+        model: the base model.
+        settings: a `peft.PeftConfig`.
+
+    Returns:
+        The PEFT model.
+
+    Example:
+        >>> wrap(model, LoraConfig())  # doctest: +SKIP
+    """
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, settings)
+    whole = getattr(settings, "modules_to_save", None)
+    if whole:  # to which PEFT has added what was there
+        settings.modules_to_save = list(dict.fromkeys(whole))
     return adapted
+
+
+def whole_modules(model: torch.nn.Module, task_type: str | None, fresh: Sequence[str] = ()) -> list[str] | None:
+    """The modules that are trained and saved whole beside an adapter.
+
+    Args:
+        model: the base model.
+        task_type: PEFT's name of what the model is for.
+        fresh: paths of modules that no checkpoint has.
+
+    Returns:
+        Paths and names; None for none.
+
+    Example:
+        >>> whole_modules(model, "SEQ_CLS", ["bert.pooler"])  # doctest: +SKIP
+        ['bert.pooler', 'classifier']
+    """
+    heads = [name for name in _SAVED_BY_PEFT.get(task_type, ()) if hasattr(model, name)]
+    return sorted({*fresh, *heads}) or None
+
+
+def check_targets(model: torch.nn.Module, target_modules: list[str]) -> None:
+    """Check that a model has layers of these names.
+
+    Args:
+        model: any model.
+        target_modules: paths of layers, or their last parts.
+
+    Raises:
+        UserError: no layer has such a name.
+
+    Example:
+        >>> check_targets(model, ["q_proj"])  # doctest: +SKIP
+    """
+    known = {name for name, _ in model.named_modules()}
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            raise UserError(
+                f"target_modules: no layer of the model is called {target!r}",
+                fix=f"choose among {', '.join(linear_names(model))}",
+            )
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -392,6 +450,24 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D)
     linears = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     return sorted({name.rsplit(".", 1)[-1] for name in linears})
+
+
+def dropouts(config: PretrainedConfig, dropout: float | None) -> dict[str, float]:
+    """Every chance of dropout in a model's configuration, set to one value."""
+    if dropout is None:
+        return {}
+    values = config.get_text_config().to_dict()
+    names = [
+        name
+        for name, value in values.items()
+        if ("dropout" in name or name.endswith("pdrop")) and (value is None or type(value) in (int, float))
+    ]
+    if not names:
+        raise UserError(
+            f"dropout: a {config.model_type} has none to set",
+            fix="leave dropout out; lora_dropout and trainer: weight_decay are there for every model",
+        )
+    return dict.fromkeys(names, dropout)
 
 
 def _attention(name: str | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pyfinetune.train.config import RunConfig, load_config
 from pyfinetune.train.head_checks import head_problems, label_counts, shown_row
 from pyfinetune.train.head_rows import tokenizer_for
 from pyfinetune.train.heads import choose_head, may_be_unanswered
-from pyfinetune.train.model import add_adapters, check_length, choose_device, load_skeleton
+from pyfinetune.train.methods import add_method
+from pyfinetune.train.model import check_length, choose_device, load_skeleton
 from pyfinetune.train.packing import pack
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.report import listed_rows
@@ -230,7 +231,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
     head = rows.head
     options = {"auto_class": head.auto_class, "labels": rows.labels, "outputs": head.outputs}
     model = load_skeleton(config.model_name_or_path, **options)
-    check_length(model.config, config.max_length, config.model_name_or_path)
+    check_length(model.config, config.max_length + config.virtual_tokens, config.model_name_or_path)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     highest, place = max(_highest_tokens(rows))
     if highest >= vocabulary:
@@ -239,8 +240,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
             fix="give the model the tokenizer it was trained with, or resize its embeddings and save it again",
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if config.method != "full":
-        model = add_adapters(model, r=config.lora_r, target_modules=config.target_modules, task_type=head.task_type)
+    model = add_method(model, config, head.task_type)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "name_or_path": config.model_name_or_path,

@@ -22,9 +22,10 @@ from pyfinetune.train.encoders import IGNORED, MaskedRows, Part, collator_of
 from pyfinetune.train.formats import Example
 from pyfinetune.train.generating import answering
 from pyfinetune.train.head_loop import head_logits
+from pyfinetune.train.head_model import load_with_head
 from pyfinetune.train.head_rows import head_part
 from pyfinetune.train.heads import HEADS, Head, choose_head, saved_labels
-from pyfinetune.train.model import load_with_head, read_config
+from pyfinetune.train.model import read_config
 from pyfinetune.train.predicting import Answer, OnAnswers
 from pyfinetune.train.saved import find_saved, load_saved
 from pyfinetune.train.spans import right_answers
@@ -75,7 +76,7 @@ def load_head(found: Found, head: Head, device: torch.device) -> tuple[Any, Any,
         The model in evaluation mode, its tokenizer, and the names of its classes.
 
     Raises:
-        UserError: as `model.load_with_head`; or the model's head was never trained.
+        UserError: as `head_model.load_with_head`; or the model's head was never trained.
 
     Example:
         >>> model, tokenizer, labels = load_head(found, head, torch.device("cpu"))  # doctest: +SKIP

@@ -310,7 +310,8 @@ def training_arguments(
     values: dict[str, Any] = {
         "output_dir": config.output_dir,
         "seed": config.seed,
-        "use_cpu": config.device == "cpu",
+        # Without a GPU it has to be said: several processes would else not know of each other.
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
         "learning_rate": 2e-5 if config.method == "full" else 2e-4,
         "report_to": "none",
         "disable_tqdm": True,

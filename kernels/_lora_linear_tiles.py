@@ -9,6 +9,15 @@ import triton
 from pyfinetune.kernels.config import INTERPRETER, Config, Family, Work, size_class
 from pyfinetune.kernels.gpus import gpu_of
 
+# (BLOCK_M, BLOCK_K) of 16-bit tiles that ptxas keeps under a limit of registers by spilling some, though it might have
+# more: by kind, capability and BLOCK_R.
+_SPILLING = {
+    ("up", 80, 16): {(64, 128)},
+    ("up", 100, 16): {(64, 64)},
+    ("up", 100, 32): {(64, 64)},
+    ("down", 100, 32): {(64, 128), (64, 64)},
+}
+
 
 def _tiles(kind: str, block_r: int, itemsize: int, busy: bool) -> list[tuple[int, int, int, int]]:
     """(BLOCK_M, BLOCK_K, warps, stages) of "down", "outer", "both", "up" and "dora" for a tile of the rank, best first.
@@ -44,7 +53,10 @@ def _candidates(
     if capability == INTERPRETER:
         itemsize = 2  # in Python larger tiles are fewer programs, and nothing else counts
     found = []
+    spilling = _SPILLING.get((kind, capability, block_r), ()) if itemsize == 2 and not busy else ()
     for m, k, warps, stages in _tiles(kind, block_r, itemsize, bool(busy)):
+        if (m, k) in spilling:
+            continue
         work = _work(kind, capability, itemsize, block_r, rows, width, (m, k, stages))
         # The stages of both operands, and what a copy of the matrix takes on its way to another layout.
         shared = stages * itemsize * (m * k + (m + k) * block_r) + 2048

@@ -133,12 +133,22 @@ def runs(tiny, data, tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def launched(folder: Path, command: list[str], count: int = 2, code: int = 0) -> subprocess.CompletedProcess:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
+
+
+def launched(folder: Path, command: list[str], by: tuple[str, ...] = TORCHRUN, code: int = 0):
+    """What a launcher of two processes has printed."""
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     done = subprocess.run(
-        [*launcher, *command], env=environment, capture_output=True, text=True, check=False, timeout=240, cwd=folder
+        [sys.executable, "-m", *by, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        cwd=folder,
     )
     assert (done.returncode == 0) == (code == 0), done.stderr[-6000:]
     return done
@@ -253,6 +263,19 @@ class TestCommandLine:
         for command in (["check", "run.yaml"], ["plan", "run.yaml", "--quick", "--gpu", "0"]):
             done = launched(tmp_path, ["-m", "pyfinetune", *command, "--json"])
             json.loads(done.stdout)
+
+    @pytest.mark.parametrize("options", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version=2"]])
+    def test_accelerates_launcher_takes_the_same_steps(self, tiny, data, tmp_path, options):
+        change = {"trainer": {"num_train_epochs": 1}}
+        train(parse_config(values(tiny, data, tmp_path / "one", **change)))
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values(tiny, data, tmp_path / "two", **change)))
+        wrap = ["--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"] if "--use_fsdp" in options else []
+        by = (*ACCELERATE, "--dynamo_backend=no", *options, *wrap)
+        done = launched(tmp_path, ["-m", "pyfinetune", "train", "run.yaml", "--json"], by)
+        assert json.loads(done.stdout)["steps"] == 4
+        assert_same_run(tmp_path / "two", tmp_path / "one")
+        sealed = json.loads((tmp_path / "two" / "checkpoint-3" / checkpoints.CHECKSUMS).read_text())["files"]
+        assert any(name.startswith("pytorch_model_fsdp") for name in sealed) == bool(wrap)
 
     def test_a_mistake_is_said_once(self, tiny, data, tmp_path):
         missing = str(tmp_path / "none.jsonl")

@@ -100,6 +100,9 @@ CONFIGURATIONS = (
     Configuration("71M", "qlora", "bfloat16", 4, 512, documents=2, checkpointing=True),
     Configuration("71M", "qlora", "float32", 2, 256),
     Configuration("29M", "qlora", "bfloat16", 4, 512, patch=False),
+    Configuration("71M", "lora", "bfloat16", 2, 512, documents=4, dora=True),
+    Configuration("71M", "qlora", "bfloat16", 2, 512, dora=True),
+    Configuration("29M", "lora", "float32", 2, 512, patch=False, dora=True),
 )
 
 

@@ -33,6 +33,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_int
 
 # Under a launcher of several processes the other commands run in the first one alone.
 _IN_EVERY_PROCESS = (["train"], ["run"])
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
 _PATIENCE = 10.0  # seconds
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -397,8 +398,11 @@ def chat(
 def main() -> None:
     """Run the command line and turn a user's mistake into a message and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not _is_first() and sys.argv[1:2] not in _IN_EVERY_PROCESS:
-        return
+    if sys.argv[1:2] not in _IN_EVERY_PROCESS:
+        if not _is_first():
+            return
+        for name in _LAUNCHED:  # nobody answers where the others have left
+            os.environ.pop(name, None)
     try:
         app()
     except (UserError, InvalidInput) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
@@ -417,6 +418,9 @@ def build_trainer(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     virtual = has_virtual_tokens(model)
     flat = not virtual and is_flat(getattr(model.config, "_attn_implementation", None))
+    if arguments.ddp_find_unused_parameters is None and isinstance(model, PeftModel):
+        # Every adapter has a gradient, but for those of experts that no token was sent to.
+        arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
     if early_stopping_patience is not None:
         callbacks = [EarlyStopping(early_stopping_patience), *(callbacks or [])]
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:

@@ -86,6 +86,12 @@ def check_sharding(config: RunConfig) -> None:
             f"method: {config.method} cannot run under FSDP: PEFT reads its virtual tokens as one tensor",
             fix="leave FSDP out (each process then holds the model), or set method: lora",
         )
+    if config.method == "qlora":
+        raise UserError(
+            "method: qlora cannot run under FSDP: a 4-bit weight is saved with its scales under names below its own,"
+            " which torch's gathering of spread weights cannot follow",
+            fix="leave FSDP out (each process then holds the 4-bit model), or set method: lora",
+        )
     if config.freeze is not None:
         raise UserError(
             f"freeze: {config.freeze} cannot run under FSDP, which fixes what learns when it spreads the weights",
@@ -108,10 +114,11 @@ def share_on_cpu(trainer: Any) -> None:
     asked = bool(trainer.args.fsdp) or _flag("ACCELERATE_USE_FSDP")
     state = trainer.accelerator.state
     if asked and not trainer.is_fsdp_enabled and trainer.args.world_size > 1 and trainer.args.device.type == "cpu":
-        from accelerate import DistributedType, FullyShardedDataParallelPlugin
+        from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**(trainer.args.fsdp_plugin_args or {}))
-        state.distributed_type = DistributedType.FSDP
+        # accelerate copies the one into the other whenever it is asked for its state.
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
     if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
         raise UserError(

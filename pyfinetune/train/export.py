@@ -149,6 +149,9 @@ class _Export:
         say(f"loading {saved.folder}" + (f" over {saved.base}" if saved.is_adapter else ""))
         self.tokenizer = load_tokenizer_of(saved)
         self.model = load_saved(saved, self.device)
+        if saved.is_adapter and request.to != "adapter" and not hasattr(self.model, "merge_and_unload"):
+            kind = self.model.active_peft_config.peft_type.value
+            raise UserError(f"{saved.folder}: {kind} has no weights to merge", fix="export it with --to adapter")
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.kind, self.config = type(inner), inner.config
         self.dtype = DTYPES.get(request.dtype) or inner.dtype
@@ -390,12 +393,3 @@ def _check_form(request: Request, saved: Saved) -> None:
         raise UserError(
             f"{saved.folder}: is a 4-bit model already", fix="use it as it is, or export it with --to merged"
         )
-    if saved.is_adapter and request.to != "adapter":
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(str(saved.folder))
-        if config.is_prompt_learning:
-            raise UserError(
-                f"{saved.folder}: {config.peft_type.value} has no weights to merge: it adds to the input",
-                fix="export it with --to adapter",
-            )

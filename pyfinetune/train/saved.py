@@ -138,6 +138,10 @@ def load_saved(saved: Saved, device: torch.device | str = "cpu") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # PEFT asks for a property by a name that newer versions of transformers call deprecated.
+            warnings.filterwarnings(
+                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
+            )
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # an export unties them
             known = pf.lora_config(config) if isinstance(config, LoraConfig) else config
             return PeftModel.from_pretrained(model, str(saved.folder), config=known).to(device).eval()

@@ -167,7 +167,7 @@ def mistake(name: str, folder: Path, base: str, adapter: str) -> tuple[Request, 
 
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(other)).save_pretrained(other)
         config["base_model_name_or_path"] = other
-        text, mend = "the adapter does not fit", "--base"
+        text, mend = "this adapter does not fit", "own base model"
     elif name == "pickle":
         (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
         text, mend = "adapter_model.bin is a pickle", "safetensors"

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-import pyfinetune as pf
 from pyfinetune.errors import UserError
 from pyfinetune.train import manifest
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import hash_files
 from pyfinetune.train.model import load_model, read_config
 from pyfinetune.train.repeat import found_from, load_repeat
+from pyfinetune.train.saved import with_adapter
 from pyfinetune.train.tokenizing import load_tokenizer
 
 
@@ -155,19 +155,6 @@ def load_for_use(found: Found, device: torch.device, dtype: str = "auto") -> Any
         dtype = found.run.dtype
     model = load_model(found.base, method=found.method, dtype=dtype, device=device)
     if found.adapter:
-        from peft import LoraConfig, PeftConfig, PeftModel
-
-        settings = PeftConfig.from_pretrained(found.path)
-        if found.method == "qlora" and isinstance(settings, LoraConfig):
-            settings = pf.lora_config(settings)
-        try:
-            model = PeftModel.from_pretrained(model, found.path, config=settings)
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{found.path}: this adapter does not fit {found.base}: {reason}",
-                fix="give the adapter's own base model back its place, or train the adapter anew",
-            ) from error
-        model = model.to(device)
+        model = with_adapter(model, found.path, found.base).to(device)
     model.config.use_cache = True
     return model.eval()

@@ -284,8 +284,9 @@ class _Export:
         self.checks.append(checks.check_codes(again, weights))
         self._check_read_back("the 4-bit model", again, exact)
         logits = proof.logits_of(again, self.reference.rows)
+        texts = proof.greedy_of(again, self.reference.rows)
         del again, quantized, merged
-        self.checks.append(quality.agreement(logits, self.reference))
+        self.checks.append(quality.agreement(logits, self.reference, texts))
         ours, own = (quality.token_losses(values, self.reference) for values in (logits, self.reference.own))
         self.checks.append(quality.judge_quantized(own, ours, self._losses_of_base(settings)))
         self._check_tokenizer(stage)
@@ -325,7 +326,8 @@ class _Export:
         own = self.reference.own
         decoded = gguf_export.with_weights(again, found.tensors)
         ours = proof.logits_of(decoded, self.reference.rows)
-        self.checks.append(quality.agreement(ours, self.reference))
+        texts = proof.greedy_of(decoded, self.reference.rows)
+        self.checks.append(quality.agreement(ours, self.reference, texts))
         losses, before = (quality.token_losses(values, self.reference) for values in (ours, own))
         self.checks.append(
             {"what": "perplexity", "trained_model": before.mean().exp().item(), "export": losses.mean().exp().item()}

@@ -287,8 +287,9 @@ def _quietly(kind: Any, name: str, options: dict[str, Any]) -> Any:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """`run.json` of a run's folder; a checkpoint's and an adapter's is in the folder above."""
-    for place in (folder, folder.resolve().parent):
+    """`run.json` of a run's folder; a checkpoint's is in the folder above."""
+    above = [folder.resolve().parent] if _CHECKPOINT.fullmatch(folder.resolve().name) else []
+    for place in (folder, *above):
         record = read_manifest(place / "run.json")
         if isinstance(record, dict) and isinstance(record.get("config"), dict):
             return record
@@ -309,8 +310,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _chosen(folder: Path, adapter: str | None) -> Path:
     """The folder of the one adapter, where PEFT has saved several side by side."""
-    others = sorted(path.parent for path in folder.glob(f"*/{ADAPTER}") if not _CHECKPOINT.fullmatch(path.parent.name))
-    named = {path.name: path for path in others if not path.name.startswith(".")}
+    others = sorted(path.parent for path in folder.glob(f"*/{ADAPTER}"))
+    # Checkpoints, exports and other runs may be in a run's folder too.
+    apart = {path for path in others if any((path / name).is_file() for name in (RECORD, "run.json", "checksums.json"))}
+    apart |= {path for path in others if _CHECKPOINT.fullmatch(path.name) or path.name.startswith(".")}
+    named = {path.name: path for path in others if path not in apart}
     if (folder / ADAPTER).is_file():
         named = {"default": folder, **named}
     if adapter is not None:

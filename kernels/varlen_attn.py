@@ -55,9 +55,9 @@ _WGMMA = {
 _TCGEN05 = _WGMMA | {"fwd": {64: [(128, 64, 4, 3)], 128: [(128, 64, 8, 3)], 256: [(128, 32, 8, 2)]}}
 # What only a measurement can prefer: taller tiles read less, smaller ones leave room for more of them at a time.
 _OTHER_MMA = {
-    "fwd": {64: [(128, 64, 8, 3), (128, 64, 4, 3)], 128: [(64, 64, 4, 2)]},
+    "fwd": {64: [(128, 64, 8, 3)], 128: [(64, 64, 4, 2)]},
     "dq": {64: [(128, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 4, 2)]},
-    "dkv": {64: [(64, 64, 4, 2), (32, 128, 8, 2)], 128: [(32, 64, 4, 2)]},
+    "dkv": {64: [(32, 128, 8, 2)], 128: [(32, 64, 4, 2)]},
 }
 _OTHER_WGMMA = {
     "fwd": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 3), (64, 128, 4, 2)]},
@@ -68,7 +68,6 @@ _OTHER_WGMMA = {
 _FLOAT32 = {64: [(32, 32, 8, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
 # Small enough for the interpreter to meet boundaries in small inputs, and not square.
 _INTERPRETED, _OTHER_INTERPRETED = [(64, 32, 4, 2)], [(32, 64, 4, 2)]
-_SMALLEST = (16, 16, 4, 1)
 
 
 @functools.cache
@@ -92,7 +91,7 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, c
         others = (_OTHER_MMA if _tensor_cores(capability) is _MMA else _OTHER_WGMMA)[kernel].get(size, [])
     tighter = crowded + (capability >= 120 and kernel == "dkv")  # compiled for sm_120 the plain one spills, too
     first = min(tighter, len(sizes) - 1)
-    found = [*sizes[first:], *([] if tighter else others), _SMALLEST]
+    found = [*sizes[first:], *([] if tighter else others)]
     return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in dict.fromkeys(found)]
 
 

@@ -250,13 +250,14 @@ def test_a_configuration_is_a_file_or_a_folder(tmp_path):
 
 def test_the_cache_outlives_a_line_that_a_kill_cut_short(tmp_path):
     path = tmp_path / "a" / "answers.jsonl"
-    AnswerCache(path).add({"1": {"answer": "ä"}, "2": {"answer": "b"}})
+    strange = "ä\u2028\x85\r\n\x0c"
+    AnswerCache(path).add({"1": {"answer": strange}, "2": {"answer": "b"}})
     with open(path, "a") as file:
         file.write('{"key": "3", "ans')
     cache = AnswerCache(path)
     assert cache.get("3") is None
     cache.add({"4": {"answer": "d"}})
-    assert AnswerCache(path).get("1")["answer"] == "ä"
+    assert AnswerCache(path).get("1")["answer"] == strange
     assert AnswerCache(path).get("4")["answer"] == "d"
 
 

@@ -75,6 +75,18 @@ def test_plain_text_in_lines_paragraphs_or_whole(tmp_path, text, sample_by, expe
     assert [row.fields["text"] for row in rows] == expected
 
 
+def test_an_unknown_ending_is_plain_text_where_the_rows_of_one_are_named(tmp_path):
+    """Corpora come as reviews.pos and europarl.en; `sample_by` says that they are text."""
+    plain = write(tmp_path / "reviews.pos", "fine\ngrand\n")
+    packed = write(tmp_path / "corpus.en.gz", gzip.compress(b"a dog\na cat\n"))
+    assert [row.fields["text"] for row in load_rows([plain, packed], "line")] == ["fine", "grand", "a dog", "a cat"]
+    with pytest.raises(UserError, match=r"unknown kind of file '\.pos'") as caught:
+        load_rows([plain])
+    assert "sample_by: line" in caught.value.fix
+    rows = load_rows([write(tmp_path / "a.jsonl", json.dumps(PAIR))], "line")
+    assert rows[0].fields == PAIR
+
+
 def test_rows_keep_the_order_and_place_of_several_files(tmp_path):
     first = write(tmp_path / "a.jsonl", json.dumps(PAIR))
     second = write(tmp_path / "b.jsonl", json.dumps(PAIR))

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_heads import people, reviews, save_encoder, save_encoder_decoder, write_rows
+from tiny_heads import people, questions, reviews, save_encoder, save_encoder_decoder, translations, write_rows
 from tiny_model import save_tiny, tiny_fixture  # noqa: F401
 
 import pyfinetune.train.loop as loop
 from pyfinetune.errors import UserError
-from pyfinetune.train.config import parse_config
+from pyfinetune.train.config import load_config, parse_config
 from pyfinetune.train.head_loop import head_loss, trainer_parts
 from pyfinetune.train.head_rows import head_part, tokenizer_for
 from pyfinetune.train.head_scores import predictions_of
@@ -22,6 +22,9 @@ from pyfinetune.train.heads import choose_head
 from pyfinetune.train.preflight import examine
 from pyfinetune.train.reading import prepare_rows, read_data
 from pyfinetune.train.run import prepare_model, train
+from pyfinetune.train.starter import starter_yaml
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="session", name="encoder")
@@ -91,8 +94,31 @@ def scores_at_least(result, name: str, value: float) -> None:
     assert result.metrics[name]["low"] <= result.metrics[name]["value"] <= result.metrics[name]["high"]
 
 
+class TestInit:
+    def test_what_init_writes_checks_and_trains(self, encoder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        text = starter_yaml(encoder, write_rows(tmp_path / "rows.jsonl", reviews(60)))
+        assert len(text.splitlines()) <= 12
+        assert {"task: classification", "head: sequence_classification", "method: full"} <= set(text.splitlines())
+        (tmp_path / "run.yaml").write_text(text)
+        config = load_config("run.yaml")
+        assert config.max_length == 32
+        result = train(config.model_copy(update={"trainer": {**config.trainer, "max_steps": 2}, "report": False}))
+        assert result.metrics["accuracy"]["rows"] == 6
+
+    @pytest.mark.parametrize(("rows", "kind"), [(people, "token_classification"), (questions, "question_answering")])
+    def test_the_head_is_that_of_the_rows(self, encoder, tmp_path, rows, kind):
+        text = starter_yaml(encoder, write_rows(tmp_path / "rows.jsonl", rows(24)))
+        assert f"task: {kind}\nhead: {kind}\n" in text
+
+    def test_an_encoder_decoder_and_a_causal_model(self, encoder_decoder, tiny, tmp_path):
+        data = write_rows(tmp_path / "rows.jsonl", translations(24))
+        assert "task: translation\nhead: seq2seq_lm\n" in starter_yaml(encoder_decoder, data)
+        assert "head:" not in starter_yaml(tiny, data)
+
+
 class TestClassification:
-    @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+    @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=SLOW), pytest.param("qlora", marks=SLOW)])
     def test_a_run_learns_and_what_it_saves_predicts_the_same(self, encoder, tmp_path, method):
         out, data = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", reviews())
         config = settings(encoder, data, out, method=method, report=True, trainer={"max_steps": 24})
@@ -235,7 +261,7 @@ def weights_and_losses(out: Path):
 
 
 @pytest.mark.parametrize("name", list(RUNS))
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [3, pytest.param(7, marks=SLOW)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(encoder, tmp_path, straight, monkeypatch, name, step):
     data, found = straight
     out, original = tmp_path / "out", loop.RunTrainer.training_step

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_train_heads import (
+    SLOW,
     encoder_decoder_fixture,  # noqa: F401
     encoder_fixture,  # noqa: F401
     gradients,
@@ -128,7 +129,7 @@ class TestMaskedWords:
         assert masks / learned == pytest.approx(0.8, abs=0.05)
         assert kept / learned == pytest.approx(0.1, abs=0.05)
 
-    @pytest.mark.parametrize("method", ["full", "lora"])
+    @pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=SLOW)])
     def test_a_run_learns_and_saves_what_transformers_loads(self, encoder, tmp_path, method):
         out, data = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", reviews(96))
         config = settings(encoder, data, out, method=method, task="pretrain", trainer={"max_steps": 24})
@@ -239,7 +240,7 @@ def loaded(out: Path):
 
 
 class TestWriting:
-    @pytest.mark.parametrize("method", ["full", "lora"])
+    @pytest.mark.parametrize("method", [pytest.param("full", marks=SLOW), "lora"])
     def test_a_run_translates_and_saves_what_transformers_loads(self, encoder_decoder, tmp_path, method):
         out, data = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", translations(64))
         section = {"max_steps": 80 if method == "full" else 20, "learning_rate": 1e-2}
@@ -297,7 +298,15 @@ def test_accumulated_batches_give_the_gradients_of_one(tmp_path, kind):
         assert torch.allclose(grad, two[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", ["sequence_classification", "token_classification", "masked_lm", "seq2seq_lm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sequence_classification",
+        pytest.param("token_classification", marks=SLOW),
+        pytest.param("masked_lm", marks=SLOW),
+        "seq2seq_lm",
+    ],
+)
 def test_kernels_change_no_number(tmp_path, kind):
     rows, change = CASES[kind]
     save = save_encoder_decoder if kind == "seq2seq_lm" else save_encoder

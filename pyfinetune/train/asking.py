@@ -21,9 +21,11 @@ from pyfinetune.train.answer_cache import AnswerCache, digest, file_name
 from pyfinetune.train.compare_config import CompareConfig
 from pyfinetune.train.evaluating import drawn, longest_answer, task_of
 from pyfinetune.train.formats import Example, to_examples
+from pyfinetune.train.head_predicting import HeadPredictor, settings_of
+from pyfinetune.train.heads import may_be_unanswered
 from pyfinetune.train.predicting import Answer, CausalPredictor, Predictor, reference_of
 from pyfinetune.train.progress import Counter
-from pyfinetune.train.prompts import Asked, PromptMaker, repeated_questions
+from pyfinetune.train.prompts import Asked, PromptMaker, question_of, repeated_questions
 from pyfinetune.train.reading import file_rows, read_data
 from pyfinetune.train.systems import LoadedModel, System
 from pyfinetune.train.using import Found
@@ -70,10 +72,12 @@ def read_questions(config: CompareConfig, tuned: Found) -> Questions:
         'classification'
     """
     run = tuned.run
-    data = read_data(run)
+    data = read_data(run, unanswered=may_be_unanswered(run))
     if config.test_file is not None:
         source = run.model_copy(update={"task": config.task if config.task != "auto" else run.task})
-        examples = to_examples(file_rows(config.test_file, source), run.columns, source.task)
+        examples = to_examples(
+            file_rows(config.test_file, source), run.columns, source.task, unanswered=may_be_unanswered(run)
+        )
     else:
         examples = data.test or data.held_out
     if not examples:
@@ -122,30 +126,22 @@ def answer_questions(
     Example:
         >>> asked, records, path = answer_questions(config, questions, system, loaded, console)  # doctest: +SKIP
     """
-    tokenizer = loaded.tokenizer(questions.examples[0].format)
-    longest = config.max_new_tokens or longest_answer(questions.examples, tokenizer)
-    positions = loaded.found.positions
-    predictor = CausalPredictor(
-        None, tokenizer, questions.task, questions.choices, longest, config.batch_size, positions
-    )
-    room = predictor.room(questions.examples)
-    asked = [questions.maker.ask(system.style, e, tokenizer, positions, room) for e in questions.examples]
-    settings = [loaded.identity, str(loaded.device), questions.choices, longest, questions.task]
-    keys = [digest(settings, row.prompt, row.stops) for row in asked]
-    prompts = [tokenizer.decode(row.prompt) for row in asked]
-
+    asked, prompts, keys, predictor = _prepared(config, questions, system, loaded)
     path = config.folder / "answers" / f"{file_name(system.name)}.jsonl"
     cache = AnswerCache(path)
     missing = [at for at, key in enumerate(keys) if cache.get(key) is None]
     if missing:
         predictor.model = loaded.model
+        if isinstance(predictor, HeadPredictor):
+            predictor.labels = loaded.labels
         parts = [
             [at for at in missing if at < config.latency_rows],
             [at for at in missing if at >= config.latency_rows],
         ]
         if parts[0]:  # the first answer of a model pays for what every later one finds ready
             dataclasses.replace(predictor, max_new_tokens=2).predict([asked[parts[0][0]].example])
-        alone = dataclasses.replace(predictor, batch_size=max(1, len(questions.choices or ())))
+        is_scored = isinstance(predictor, CausalPredictor) and predictor.labels is not None
+        alone = dataclasses.replace(predictor, batch_size=len(predictor.labels) if is_scored else 1)
         with Counter(console, system.name, len(keys)) as counter:
             counter.add(len(keys) - len(missing))
             for part, who in zip(parts, (alone, predictor), strict=True):
@@ -157,6 +153,30 @@ def answer_questions(
                 examples = [asked[at].example for at in part]
                 _keep_answers(who, examples, facts, [keys[at] for at in part], cache, counter)
     return asked, [cache.get(key) for key in keys], path
+
+
+def _prepared(
+    config: CompareConfig, questions: Questions, system: System, loaded: LoadedModel
+) -> tuple[list[Asked], list[str], list[str], CausalPredictor | HeadPredictor]:
+    """How each question is asked, what is read, the key of each answer, and who answers, still without weights."""
+    tokenizer = loaded.tokenizer(questions.examples[0].format)
+    longest = config.max_new_tokens or longest_answer(questions.examples, tokenizer)
+    decides = [loaded.identity, str(loaded.device), longest, questions.task, system.head.kind]
+    if system.head.kind != "causal_lm":
+        settings = settings_of(loaded.found)
+        asked = [Asked(example, [], 0, 0, []) for example in questions.examples]
+        prompts = [question_of(example) for example in questions.examples]
+        decides.append(settings.max_length)
+        # Beside the question, what the model reads may stand in columns; what is right to answer is among them.
+        keys = [digest(decides, e.messages, dict(e.fields)) for e in questions.examples]
+        head = HeadPredictor(None, tokenizer, (), system.head, settings, config.batch_size, longest)
+        return asked, prompts, keys, head
+    positions = loaded.found.positions
+    causal = CausalPredictor(None, tokenizer, questions.task, questions.choices, longest, config.batch_size, positions)
+    room = causal.room(questions.examples)
+    asked = [questions.maker.ask(system.style, e, tokenizer, positions, room) for e in questions.examples]
+    keys = [digest(decides, questions.choices, row.prompt, row.stops) for row in asked]
+    return asked, [tokenizer.decode(row.prompt) for row in asked], keys, causal
 
 
 def _keep_answers(

@@ -105,7 +105,7 @@ def question_of(example: Example) -> str:
         >>> question_of(Example("f, row 1", "text", text="once"))
         ''
     """
-    return _plain(example.messages[0]) if example.fields else ""
+    return _plain(example.messages[0]) if example.fields and example.messages else ""
 
 
 def exact_duplicates(contents: Iterable[str]) -> dict[int, int]:

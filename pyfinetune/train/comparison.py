@@ -128,7 +128,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> Comparison
             f"metric: {metric!r} is none of {rows.task}", fix=f"one of {', '.join(metrics.METRICS[rows.task])}"
         )
     columns = {name: column_of(rows.examples, name) for name in config.slices}
-    systems = systems_of(config, tuned, rows.task)
+    systems = systems_of(config, tuned, rows.task, rows.examples)
+    _check_general(config, systems)
     results, predictions = [], {}
     forgetting = None
     for found, members in _by_model(systems):
@@ -156,6 +157,15 @@ def compare(config: CompareConfig, console: Console | None = None) -> Comparison
         str(config.folder),
         time.monotonic() - begin,
     )
+
+
+def _check_general(config: CompareConfig, systems: Sequence[System]) -> None:
+    tuned = next(system for system in systems if system.kind == "tuned")
+    if config.general_file is not None and tuned.head.kind != "causal_lm":
+        raise UserError(
+            f"general_file: the loss on general text is a language model's, and {config.run} has a head of its own",
+            fix="leave general_file out",
+        )
 
 
 def _by_model(systems: Sequence[System]) -> list[tuple[Found, list[System]]]:

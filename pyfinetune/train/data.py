@@ -64,7 +64,8 @@ def load_rows(paths: Sequence[str], sample_by: str = "auto") -> list[Row]:
     Args:
         paths: files to read, in order; the ending says what each is, and a further `.gz` is unpacked.
         sample_by: what one row of a plain text file is: `line`, `paragraph` (blank lines between), `document` (the
-            whole file), or `auto`: paragraphs where the file has blank lines, else lines.
+            whole file), or `auto`: paragraphs where the file has blank lines, else lines. Where it is not `auto`, a
+            file of an unknown ending is plain text.
 
     Returns:
         The rows, in file order.
@@ -252,11 +253,12 @@ def _lines(path: Path) -> list[str]:
 def _read(path: Path, sample_by: str) -> Iterator[Row]:
     _existing(path)
     plain = path.with_suffix("") if path.suffix == ".gz" else path
-    kind = _KINDS.get(plain.suffix.lower())
+    # Who says what a row of plain text is says that it is plain text, whatever the ending: reviews.pos, corpus.en.
+    kind = _KINDS.get(plain.suffix.lower()) or ("text" if sample_by != "auto" else None)
     if kind is None:
         raise UserError(
             f"{path}: unknown kind of file '{plain.suffix}'",
-            fix=f"convert it, or rename it to one of {', '.join(_KINDS)}",
+            fix=f"convert it, or rename it to one of {', '.join(_KINDS)}; plain text is read with sample_by: line",
         )
     if kind == "parquet":
         yield from _read_parquet(path)

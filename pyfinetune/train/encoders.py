@@ -21,6 +21,7 @@ from pyfinetune.train.heads import Head, number_labels
 IGNORED = -100  # the label that no loss counts
 _PAD_TO = 8  # tensor cores want multiples of 8
 _BATCH = 1024
+_READ = ("input_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Part:
         longest: the longest example, in tokens, before cutting.
         targets: how many labels there are to learn.
         labels: names of the classes.
+        dropped: how many examples are left out for their length.
     """
 
     examples: Sequence[Example]
@@ -48,6 +50,7 @@ class Part:
     longest: int = 0
     targets: int = 0
     labels: tuple[str, ...] = ()
+    dropped: int = 0
 
     def add(self, owner: int, row: dict[str, Any], targets: int, note: Any = None) -> None:
         """Append a row of an example.
@@ -96,11 +99,11 @@ class Part:
             "examples": len(self.examples),
             "documents": len(self.rows),
             "rows": len(self.rows),
-            "tokens": sum(len(row["input_ids"]) for row in self.rows),
+            "tokens": sum(len(row[name]) for row in self.rows for name in _READ if name in row),
             "learned_tokens": self.targets,
             "longest": self.longest,
             "cut_short": len(self.cut),
-            "dropped": 0,
+            "dropped": self.dropped,
             "masked": 0,
             "lost_tokens": self.lost,
             "answers": 0,

@@ -24,6 +24,7 @@ _FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
     "dolly": (("instruction", "response"),),
     "gpt4all": (("prompt", "response"),),
+    "preference": (("chosen", "rejected"),),
     "question_answering": (("question", "answer"), ("question", "answers")),
     "summarization": (
         ("dialogue", "summary"),
@@ -44,6 +45,7 @@ _NAMES = {
     "alpaca": "Alpaca",
     "dolly": "instruction/response (Dolly)",
     "gpt4all": "prompt/response (GPT4All)",
+    "preference": "chosen/rejected",
     "question_answering": "question/answer",
     "summarization": "text/summary",
     "translation": "source/target",
@@ -172,7 +174,7 @@ def recognise(row: Row, task: str = "auto") -> str:
         return found
     other = _format_of(row)
     if other is not None:
-        fitting = {"text": "pretrain"}.get(other, other if other in RENDER else "sft")
+        fitting = {"text": "pretrain"}.get(other, other if other in (*RENDER, "preference") else "sft")
         kind = "raw text" if other == "text" else f"{_NAMES[other]}: prompts with answers"
         raise UserError(
             f"task: {task} does not fit {row.place}, which is {kind}", fix=f"set task: {fitting}, or leave it out"
@@ -189,7 +191,7 @@ def recognise(row: Row, task: str = "auto") -> str:
 
 def _fits(name: str, task: str) -> bool:
     if task == "sft":
-        return name != "text"
+        return name not in ("text", "preference")
     return task == "auto" or name == ("text" if task == "pretrain" else task)
 
 
@@ -229,7 +231,7 @@ def _unanswered(row: Row, expected: str, allowed: bool) -> Example | None:
     if not allowed or expected != "question_answering" or row.fields.get("answer") is not None or texts != []:
         return None
     question = _string(row, "question", row.fields.get("question"), filled=True)
-    return Example(row.place, expected, _pair(question, ""), fields=row.fields)
+    return Example(row.place, expected, _pair(question, ""), fields=row.fields, columns=row.fields)
 
 
 def _listed(row: Row) -> str:
@@ -404,6 +406,31 @@ def _check_roles(row: Row, roles: list[str], name: str) -> None:
         )
 
 
+def _from_preference(row: Row) -> Example:
+    """Two answers to one prompt, as texts or as the ends of one conversation."""
+    prompt, answers = row.fields.get("prompt"), {side: row.fields[side] for side in ("chosen", "rejected")}
+    if prompt is not None and not isinstance(prompt, list):
+        prompt = _string(row, "prompt", prompt, filled=False)
+    for side, answer in answers.items():
+        if isinstance(answer, list):
+            asked = prompt if isinstance(prompt, list) else _pair(prompt, "")[:1] if prompt else []
+            answers[side] = _checked(row, [*asked, *answer], side)
+        else:
+            _string(row, side, answer, filled=True)
+            if isinstance(prompt, list):
+                raise RowFault(
+                    "wrong", f"{row.place}: prompt holds messages, but {side} is a text", "write both in one way"
+                )
+    chosen, rejected = answers.values()
+    if type(chosen) is not type(rejected):
+        raise RowFault("wrong", f"{row.place}: of chosen and rejected one is a text", "write both in one way")
+    if chosen == rejected:
+        raise RowFault("wrong", f"{row.place}: chosen and rejected are the same", "remove the row")
+    fields = {"prompt": prompt if isinstance(chosen, str) else None, **answers}
+    text = f"{fields['prompt'] or ''}\n\n{chosen}\n\n{rejected}"
+    return Example(row.place, "preference", text=text, fields=fields, tools=row.fields.get("tools"))
+
+
 _CONVERT: dict[str, Callable[[Row], Example]] = {
     "messages": _from_messages,
     "conversations": _from_conversations,
@@ -411,6 +438,7 @@ _CONVERT: dict[str, Callable[[Row], Example]] = {
     "alpaca": _instruction("output", "input", "alpaca"),
     "dolly": _instruction("response", "context", "dolly"),
     "gpt4all": _from_gpt4all,
+    "preference": _from_preference,
     "text": _from_text,
     **{name: _task(name) for name in RENDER},
 }

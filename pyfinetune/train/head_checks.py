@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyfinetune.train.encoders import IGNORED, Part
 from pyfinetune.train.heads import Head, labels_of
+from pyfinetune.train.reward import SIDES
 
 if TYPE_CHECKING:
     from pyfinetune.train.reading import Rows
@@ -78,6 +79,12 @@ def shown_row(rows: Rows, tokenizer: Any) -> tuple[list[dict[str, Any]], str]:
     """
     part = rows.parts["train"]
     row, example = part.rows[0], part.examples[part.owners[0]]
+    if rows.head.kind == "reward":
+        chosen, rejected = (tokenizer.decode(row[f"{side}_ids"]) for side in SIDES)
+        return [
+            {"text": f"better: {chosen}\n", "tokens": len(row["chosen_ids"]), "learned": True},
+            {"text": f"worse: {rejected}", "tokens": len(row["rejected_ids"]), "learned": False},
+        ], example.place
     ids = row["input_ids"]
     stretches = [{"text": tokenizer.decode(ids), "tokens": len(ids), "learned": False}]
     learned = _learned_text(rows.head, part, row, tokenizer)
@@ -131,6 +138,9 @@ def _of_length(part: Part, head: Head, max_length: int, which: str) -> list[tupl
         after = "count as wrong" if which else "are not learned"
         message = f"{part.lost:,} words of {len(part.cut):,} {which}rows get no tag and {after}, cut off by {where}"
         return [("warning", message, "raise max_length, or split these rows into sentences")]
+    if head.kind == "reward":
+        message = f"{part.dropped:,} {which}pairs are left out, longer than {where}"
+        return [("warning", message, "raise max_length, or shorten these rows")]
     message = f"{len(part.cut):,} {which}rows lose {part.lost:,} tokens to {where}"
     return [("warning", message, "raise max_length, or shorten these rows")]
 

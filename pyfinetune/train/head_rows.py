@@ -12,6 +12,7 @@ from pyfinetune.train.config import RunConfig
 from pyfinetune.train.encoders import Part, masked_rows, text_rows, word_rows
 from pyfinetune.train.formats import Example
 from pyfinetune.train.heads import Head
+from pyfinetune.train.reward import preference_rows
 from pyfinetune.train.sequences import pair_rows
 from pyfinetune.train.spans import span_rows
 from pyfinetune.train.tokenizing import load_head_tokenizer, load_tokenizer
@@ -35,7 +36,10 @@ def tokenizer_for(config: RunConfig, data_format: str, head: Head) -> Any:
         >>> tokenizer_for(config, data.format, head)  # doctest: +SKIP
     """
     if head.kind in ("causal_lm", "reward"):
-        return load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data_format)
+        tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template, config.eos_token, data_format)
+        if head.kind == "reward" and tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
     return load_head_tokenizer(config.model_name_or_path, split_into_words=head.kind == "token_classification")
 
 
@@ -68,6 +72,8 @@ def head_part(
         return word_rows(examples, tokenizer, length, head, labels)
     if head.kind == "question_answering":
         return span_rows(examples, tokenizer, length, config.doc_stride)
+    if head.kind == "reward":
+        return preference_rows(examples, tokenizer, length)
     if head.kind == "masked_lm":
         return masked_rows(examples, tokenizer, length, config.mlm_probability)
     return pair_rows(examples, tokenizer, length, config.source_prefix)

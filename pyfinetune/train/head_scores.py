@@ -18,7 +18,8 @@ from pyfinetune.train.config import RunConfig
 from pyfinetune.train.encoders import Part, collator_of
 from pyfinetune.train.formats import Example
 from pyfinetune.train.head_loop import outputs_of
-from pyfinetune.train.heads import Head, labels_of
+from pyfinetune.train.heads import HEADS, Head, labels_of
+from pyfinetune.train.reward import SIDES, choices_of, length_floor
 from pyfinetune.train.sequences import source_and_target, write_answers
 from pyfinetune.train.spans import best_spans, right_answers
 
@@ -42,6 +43,8 @@ def task_of(head: Head, part: Part) -> str:
         >>> task_of(HEADS["seq2seq_lm"], Part([Example("f, row 1", "translation")]))
         'translation'
     """
+    if head.kind == "reward":
+        return "classification"
     formats = {example.format for example in part.examples}
     named = {"classification", "token_classification", "question_answering", "summarization", "translation"}
     return formats.pop() if len(formats) == 1 and formats <= named and _scored_as_itself(head, formats) else "sft"
@@ -74,6 +77,8 @@ def predictions_of(
         >>> predictions_of(head, part, model, tokenizer)[:2]  # doctest: +SKIP
         ['pos', 'neg']
     """
+    if head.kind == "reward":
+        return choices_of(part, rewards_of(part, model, tokenizer, batch_size))
     if head.kind == "seq2seq_lm":
         return write_answers(model, tokenizer, part.rows, longest_answer, batch_size)
     collator = collator_of(head, tokenizer)
@@ -87,6 +92,31 @@ def predictions_of(
         [part.labels[int(numbers[place])] if place >= 0 else "O" for place in places]
         for numbers, places in zip(best, part.notes, strict=True)
     ]
+
+
+def rewards_of(part: Part, model: Any, tokenizer: Any, batch_size: int = 8) -> dict[str, list[float]]:
+    """The rewards that a model gives to both answers of each pair.
+
+    Args:
+        part: what `reward.preference_rows` returned.
+        model: the reward model.
+        tokenizer: its tokenizer.
+        batch_size: rows at once.
+
+    Returns:
+        `chosen` and `rejected`, one a row.
+
+    Example:
+        >>> rewards_of(part, model, tokenizer)["chosen"][0]  # doctest: +SKIP
+        1.7
+    """
+    collator, found = collator_of(HEADS["reward"], tokenizer), {}
+    for side in SIDES:
+        rows = [
+            {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in (row[f"{side}_ids"] for row in part.rows)
+        ]
+        found[side] = [float(value[0]) for value in outputs_of(model, rows, collator, batch_size)]
+    return found
 
 
 def references_of(head: Head, part: Part) -> list[Any]:
@@ -103,6 +133,8 @@ def references_of(head: Head, part: Part) -> list[Any]:
         >>> references_of(head, part)[:2]  # doctest: +SKIP
         ['pos', 'pos']
     """
+    if head.kind == "reward":
+        return [SIDES[0]] * len(part.rows)
     if head.kind == "sequence_classification":
         return [labels_of(example, head)[0] for example in part.examples]
     if head.kind == "token_classification":
@@ -127,6 +159,8 @@ def floor_of(head: Head, train: Part, held_out: Part) -> tuple[str, list[Any]]:
         >>> floor_of(head, train, held_out)[0]  # doctest: +SKIP
         "the most frequent label, 'neg'"
     """
+    if head.kind == "reward":
+        return length_floor(train, held_out)
     if head.kind == "sequence_classification":
         most = _most_frequent(labels_of(example, head)[0] for example in train.examples)
         return f"the most frequent label, {most!r}", [most] * len(held_out.examples)
@@ -169,6 +203,9 @@ def score_run(head: Head, parts: dict[str, Part], predictions: Sequence[Any], se
     what, guesses = floor_of(head, parts["train"], held_out)
     found = score(task, predictions, references, seed=seed)
     floor = score(task, guesses, references, seed=seed, resamples=1)
+    if head.kind == "reward":  # the sides are no classes: F1 of them says nothing
+        found = {"accuracy": found["accuracy"]}
+        floor = {"accuracy": floor["accuracy"]}
     return {
         "metrics": {name: dataclasses.asdict(value) for name, value in found.items()},
         "floor": {"what": what, **{name: value.value for name, value in floor.items()}},
@@ -202,7 +239,7 @@ def scores_of_run(config: RunConfig, rows: Rows, model: Any, tokenizer: Any, bat
     if head.kind == "seq2seq_lm":
         held_out = held_out.first(config.eval_generate_rows)
         longest = max(len(row["labels"]) for row in train.rows)
-    if not held_out.examples:
+    if not held_out.rows:
         return {}
     unanswerable = head.kind == "question_answering" and not all(map(right_answers, train.examples))
     answers = predictions_of(head, held_out, model, tokenizer, batch_size, longest, unanswerable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,13 @@ def _saved_attributes(saved: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def training_arguments(
-    config: RunConfig, *, train_rows: int, held_out: bool, bf16: bool = False, from_start: bool = True
+    config: RunConfig,
+    *,
+    train_rows: int,
+    held_out: bool,
+    bf16: bool = False,
+    from_start: bool = True,
+    kind: Callable[..., TrainingArguments] = TrainingArguments,
 ) -> TrainingArguments:
     """The Trainer's arguments: this package's defaults, overridden by the section `trainer:`.
 
@@ -232,6 +239,7 @@ def training_arguments(
         held_out: whether there are rows to evaluate on.
         bf16: compute in bfloat16 over float32 weights (full fine-tuning on a GPU).
         from_start: evaluate before the first step, to have something to compare with.
+        kind: makes them of names and values.
 
     Returns:
         The arguments. A checkpoint and an evaluation fall due ten times a run, and at least every 500 steps.
@@ -280,7 +288,7 @@ def training_arguments(
             **({"eval_steps": eval_steps, "eval_on_start": from_start} if held_out else {}),
             **values,
         }
-        arguments = TrainingArguments(**values)
+        arguments = kind(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(
             f"trainer: transformers refuses these arguments: {' '.join(str(error).split())}",
@@ -371,7 +379,7 @@ def build_trainer(
 
 
 def _dataset(rows: Any) -> torch.utils.data.Dataset:
-    return rows if isinstance(rows, torch.utils.data.Dataset) else RowDataset(rows)
+    return RowDataset(rows) if isinstance(rows, list) else rows
 
 
 def _token_weighted_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -28,6 +28,7 @@ from pyfinetune.train.tokenizing import Document, Tokenized
 
 _LEAKED = 0.25  # from this share of held-out rows on, their loss says nothing about rows that the model has not seen
 _SHOWN_ROWS = 5
+_IDS = ("input_ids", "chosen_ids", "rejected_ids")
 _SHOWN_TOKENS = 400
 _WORDS = {
     "missing": ("lack a field", "missing"),
@@ -257,7 +258,7 @@ def _highest_tokens(rows: Rows) -> Iterator[tuple[int, str]]:
             yield int(document.input_ids.max()), document.place
     for part in rows.parts.values():
         for row, owner in zip(part.rows, part.owners, strict=True):
-            yield max(row["input_ids"]), part.examples[owner].place
+            yield max(max(ids) for name, ids in row.items() if name in _IDS), part.examples[owner].place
 
 
 def _packing(rows: Rows, config: RunConfig) -> dict[str, Any]:

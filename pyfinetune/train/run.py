@@ -236,7 +236,7 @@ def _fit(
     callbacks: Sequence[Any],
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
-    from pyfinetune.train.head_loop import trainer_parts
+    from pyfinetune.train.head_loop import arguments_kind, trainer_parts
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
     from pyfinetune.train.schedules import schedules_of
 
@@ -247,6 +247,7 @@ def _fit(
         held_out=bool(rows.held_out),
         bf16=_mixes_bf16(config, device, rows.head, model),
         from_start=start is None,
+        **arguments_kind(rows.head),
     )
     metrics, bar, stop = RunMetrics(out / "metrics.jsonl"), ProgressBar(console), Interruption(console)
     steps = total_steps(arguments, len(rows.train))

@@ -15,6 +15,7 @@ Task = Literal[
     "question_answering",
     "summarization",
     "translation",
+    "preference",
 ]
 # What `clean:` can drop; without it these rows are errors (the first three) or are reported.
 CleanKind = Literal["missing", "empty", "roles", "mojibake", "duplicate", "near_duplicate", "leak"]

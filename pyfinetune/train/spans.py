@@ -127,7 +127,7 @@ def span_rows(examples: Sequence[Example], tokenizer: Any, max_length: int, doc_
             context,
             truncation="only_second",
             max_length=max_length,
-            stride=doc_stride,
+            stride=doc_stride if whole > room else 0,  # one that is no use may be refused for its size
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from pyfinetune.errors import UserError
-from pyfinetune.train import manifest
+from pyfinetune.train import manifest, saved
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import hash_files
 from pyfinetune.train.model import load_model, read_config
 from pyfinetune.train.repeat import found_from, load_repeat
-from pyfinetune.train.saved import with_adapter
 from pyfinetune.train.tokenizing import load_tokenizer
 
 
@@ -154,7 +153,28 @@ def load_for_use(found: Found, device: torch.device, dtype: str = "auto") -> Any
     if found.run is not None and dtype == "auto":
         dtype = found.run.dtype
     model = load_model(found.base, method=found.method, dtype=dtype, device=device)
-    if found.adapter:
-        model = with_adapter(model, found.path, found.base).to(device)
+    model = with_adapter(found, model, device)
     model.config.use_cache = True
     return model.eval()
+
+
+def with_adapter(found: Found, model: Any, device: torch.device) -> Any:
+    """A base model with the adapter that was trained on it.
+
+    Args:
+        found: what `find_model` returned.
+        model: its base, loaded.
+        device: where to.
+
+    Returns:
+        The PEFT model; the base itself where there is no adapter.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+
+    Example:
+        >>> with_adapter(find_model("runs/first"), model, torch.device("cpu"))  # doctest: +SKIP
+    """
+    if not found.adapter:
+        return model
+    return saved.with_adapter(model, found.path, found.base).to(device)

@@ -52,26 +52,31 @@ def measure(page: str, config_path: Path, output_dir: Path) -> dict[str, Any]:
     from pyfinetune.train.evaluating import EvalRequest, evaluate
 
     record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-    floor = floor_of(load_config(config_path))
+    result = record["result"]
+    own, scores = result.get("floor") or {}, result.get("metrics")
+    if "perplexity" in own or record["data"]["format"] == "preference":
+        what, floor = own["what"], {name: {"value": value} for name, value in own.items() if name != "what"}
+    else:
+        found = floor_of(load_config(config_path))
+        what, floor = found.what, {name: dataclasses.asdict(score) for name, score in found.scores.items()}
     # Of rows of a task its own metric counts, of text and chats how well it is foreseen.
-    main = "perplexity" if "perplexity" in floor.scores else next(iter(floor.scores))
-    scores = record["result"].get("metrics")
-    if scores is None:  # a causal model, whose answers cost too much to be asked for after every run
-        found = evaluate(
-            EvalRequest(str(output_dir), batch_size=32, max_new_tokens=1 if main == "perplexity" else None)
-        )
-        scores = {name: dataclasses.asdict(score) for name, score in found.scores.items()}
+    main = "perplexity" if "perplexity" in floor else next(iter(floor))
+    if main == "perplexity":
+        scores = {main: {"value": result[main]}}
+    elif scores is None:
+        answered = evaluate(EvalRequest(str(output_dir), batch_size=32))
+        scores = {name: dataclasses.asdict(score) for name, score in answered.scores.items()}
     return {
         "page": page,
         "file": config_path.name,
-        "held_out": scores[main]["rows"],
+        "held_out": scores[main].get("rows", record["data"]["held_out"]["examples"]),
         "metric": main,
-        "floor": floor.what,
-        "floor_scores": {name: dataclasses.asdict(score) for name, score in floor.scores.items()},
+        "floor": what,
+        "floor_scores": floor,
         "scores": scores,
         "parameters": record["model"]["trainable_parameters"],
-        "steps": record["result"]["steps"],
-        "seconds": record["result"]["seconds"],
+        "steps": result["steps"],
+        "seconds": result["seconds"],
         "device": record["device"],
         "versions": record["versions"],
     }
@@ -132,9 +137,12 @@ def rewritten(text: str, block: str) -> str:
 
 
 def _score(score: dict[str, Any]) -> str:
+    """A value, with its interval where it has one."""
     from pyfinetune.train.metrics import Score
 
-    return str(Score(**score))
+    if "low" in score:
+        return str(Score(**score))
+    return f"{score['value']:.{1 if score['value'] > 2 else 3}f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,9 +26,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import results
 import yaml
 
-from pyfinetune.errors import UserError
+from pyfinetune.errors import PyfinetuneError, UserError
 
 DOCS = Path(__file__).resolve().parent
 SHORT_ROWS, SHORT_STEPS = 96, 2
@@ -102,9 +103,11 @@ class Tutorial:
     steps: list[Step] = field(default_factory=list)
 
     @property
-    def configurations(self) -> list[str]:
-        """The page's YAML files, in order."""
-        return [b.file_name for b in blocks(self.page) if b.language == "yaml" and b.file_name]
+    def runs(self) -> list[tuple[str, str]]:
+        """The page's configurations of runs, in order, each with its output folder."""
+        files = [block for block in blocks(self.page) if block.language == "yaml"]
+        values = {block.file_name: yaml.safe_load(block.text) for block in files}
+        return [(name, content["output_dir"]) for name, content in values.items() if name and "output_dir" in content]
 
     def follow(self) -> None:
         """Write the files and run the commands, one after the other.
@@ -251,7 +254,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tutorial = Tutorial(DOCS / f"{args.page}.md", folder, args.data, args.short)
     try:
         tutorial.follow()
-    except UserError as error:
+        if not args.short:
+            with _inside_folder(folder):
+                results.keep([results.measure(args.page, Path(name), Path(out)) for name, out in tutorial.runs])
+            results.main([])
+    except PyfinetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -52,7 +52,7 @@ _WGMMA = {
     "dkv": {64: [(64, 128, 8, 2)], 128: [(64, 128, 8, 2), (32, 128, 8, 2)], 256: [(16, 64, 8, 2), (32, 32, 8, 2)]},
 }
 # tcgen05 (100): the same, and sums are in a memory of their own; what the forward makes of scores needs the registers.
-_TCGEN05 = _WGMMA | {"fwd": {64: [(128, 64, 4, 3)], 128: [(128, 64, 8, 3)], 256: [(128, 32, 8, 2)]}}
+_TCGEN05 = _WGMMA | {"fwd": {64: [(128, 64, 4, 3)], 128: [(128, 64, 8, 3)], 256: [(128, 32, 8, 2), (64, 32, 4, 2)]}}
 # What only a measurement can prefer: taller tiles read less, smaller ones leave room for more of them at a time.
 _OTHER_MMA = {
     "fwd": {64: [(128, 64, 8, 3)], 128: [(64, 64, 4, 2)]},
@@ -62,7 +62,7 @@ _OTHER_MMA = {
 _OTHER_WGMMA = {
     "fwd": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 3), (64, 128, 4, 2)]},
     "dq": {64: [(128, 64, 8, 2), (64, 128, 4, 2)], 128: [(64, 64, 4, 2)]},
-    "dkv": {64: [(64, 64, 4, 2), (128, 128, 8, 2)], 128: [(64, 64, 4, 2)]},
+    "dkv": {64: [(64, 64, 4, 2)]},
 }
 # float32 has no tensor cores at full precision: its products are plain multiply-adds out of registers.
 _FLOAT32 = {64: [(32, 32, 8, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
@@ -89,7 +89,8 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, c
     else:
         sizes = _tensor_cores(capability)[kernel][size]
         others = (_OTHER_MMA if _tensor_cores(capability) is _MMA else _OTHER_WGMMA)[kernel].get(size, [])
-    tighter = crowded + (capability >= 120 and kernel == "dkv")  # compiled for sm_120 the plain one spills, too
+    # Compiled for sm_80 and sm_120 the plain one spills, too.
+    tighter = crowded + (kernel == "dkv" and (capability == 80 or capability >= 120))
     first = min(tighter, len(sizes) - 1)
     found = [*sizes[first:], *([] if tighter else others)]
     return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in dict.fromkeys(found)]

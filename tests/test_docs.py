@@ -9,6 +9,7 @@ from pathlib import Path
 
 import floors
 import pytest
+import results
 import small_model
 import tutorial
 import yaml
@@ -73,13 +74,13 @@ def test_a_page_can_be_followed(page, tmp_path, test_data, monkeypatch):
     followed = tutorial.Tutorial(page, tmp_path, test_data, short=True)
     followed.follow()
     assert followed.steps
-    trained = [words[-1] for words in (step.words for step in followed.steps) if "train" in words]
-    for name in trained:
+    assert followed.runs
+    for name, output_dir in followed.runs:
         config = load_config(tmp_path / name)
-        record = json.loads((tmp_path / config.output_dir / "run.json").read_text())
+        record = json.loads((tmp_path / output_dir / "run.json").read_text())
         assert record["status"] == "complete"
         assert record["result"]["steps"] == tutorial.SHORT_STEPS
-        assert (tmp_path / config.output_dir / "report.html").is_file() == config.report
+        assert (tmp_path / output_dir / "report.html").is_file() == config.report
 
 
 def test_a_page_is_read_as_files_and_commands(tmp_path):
@@ -294,3 +295,42 @@ def test_the_floor_of_a_language_model_is_its_token_frequencies(tiny, tmp_path):
     assert 1 < found.scores["perplexity"].value < rare.scores["perplexity"].value
     with pytest.raises(UserError, match="nothing is held out"):
         floors.floor_of(held_out_run(tmp_path, rows, rows, model=tiny, validation_file=None))
+
+
+def test_the_table_is_that_of_the_results():
+    text = INDEX.read_text(encoding="utf-8")
+    kept = json.loads(results.FILE.read_text(encoding="utf-8"))
+    assert results.rewritten(text, results.table(kept)) == text, "run python docs/results.py"
+    files = {block.file_name for _, block in FILES}
+    for result in kept:
+        assert result["file"] in files
+        assert (tutorial.DOCS / f"{result['page']}.md").is_file()
+
+
+def test_results_replace_older_ones_of_the_same_file(tmp_path):
+    old = {"page": "b", "file": "b.yaml", "metric": "accuracy"}
+    results.keep([old, {"page": "a", "file": "a.yaml"}], tmp_path / "results.json")
+    results.keep([old | {"metric": "bleu"}], tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == [
+        {"page": "a", "file": "a.yaml"},
+        old | {"metric": "bleu"},
+    ]
+    with pytest.raises(UserError, match="needs exactly one"):
+        results.rewritten("no marks", "table")
+
+
+def test_a_run_is_measured_beside_its_floor(tiny, tmp_path):
+    """Of a causal model on labelled rows: the accuracy that `eval` gives, and that of the most frequent class."""
+    from pyfinetune.train.run import train
+
+    labels = [{"text": f"film {n}", "label": "pos" if n % 3 else "neg"} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    values = {"model_name_or_path": tiny, "train_file": str(tmp_path / "rows.jsonl"), "test_size": 0.5, "lora_r": 2}
+    values |= {"output_dir": str(tmp_path / "out"), "max_length": 64, "report": False, "device": "cpu"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**values, "trainer": {"max_steps": 1}}))
+    train(load_config(tmp_path / "run.yaml"))
+    found = results.measure("page", tmp_path / "run.yaml", tmp_path / "out")
+    assert (found["metric"], found["held_out"], found["steps"]) == ("accuracy", 12, 1)
+    assert found["floor_scores"]["accuracy"]["value"] == pytest.approx(8 / 12, abs=0.2)
+    assert 0 <= found["scores"]["accuracy"]["low"] <= found["scores"]["accuracy"]["value"]
+    assert "[run.yaml](page.md) | 12 | accuracy" in results.table([found])

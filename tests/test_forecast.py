@@ -199,7 +199,10 @@ class TestCommand:
         ("options", "message"),
         [
             ({}, "there is no model"),
-            ({"model_name_or_path": "m", "method": "full", "lora_r": 8}, "full fine-tuning has no adapters"),
+            (
+                {"model_name_or_path": "m", "method": "full", "lora_r": 8},
+                "full fine-tuning has no adapters of low rank",
+            ),
             ({"model_name_or_path": "m", "method": "lara"}, "method: 'lara' is not available"),
             ({"model_name_or_path": "m", "batch_size": 0}, "--batch-size 0: needs at least one row"),
             ({"model_name_or_path": "m", "max_length": 1}, "max_length: 1 will not do"),

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from chromium import open_page
 from test_cli import call
 from test_train_run import settings
@@ -241,8 +242,18 @@ def test_a_configuration_is_a_file_or_a_folder(tmp_path):
     path = tmp_path / "compare.yaml"
     path.write_text("run: a\noutput_dir: b\nslices: topic\n")
     assert load_compare(path).slices == ["topic"]
+    with pytest.raises(UserError, match=r"pyfinetune compare compare\.yaml"):
+        load_compare(tmp_path / "nope.yaml")
     with pytest.raises(UserError, match="run is missing"):
         parse_compare({})
+
+
+def test_the_example_in_the_readme_is_valid():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```\n(run: runs/first .*?)```", text, re.DOTALL)
+    config = parse_compare(yaml.safe_load(example))
+    assert config.models[0].price.hour == 2.5
+    assert "\n" in config.prompts["strict"]
 
 
 # the cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from test_cli import call
 from test_train_run import settings
 from tiny_model import CHATML, make_model, make_tokenizer, save_tiny, tiny_fixture  # noqa: F401
 
+import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.train import generating
 from pyfinetune.train.data import Row
-from pyfinetune.train.evaluating import EvalRequest, evaluate, longest_answer, task_of
+from pyfinetune.train.eval_rows import longest_answer, task_of
+from pyfinetune.train.evaluating import EvalRequest, evaluate
 from pyfinetune.train.formats import to_examples
 from pyfinetune.train.generating import document_losses, generate_answers
 from pyfinetune.train.predicting import (
@@ -129,7 +132,9 @@ def test_generation_refuses(prompts, options, said):
         generate_answers(make_model(), make_tokenizer(), prompts, **options)
 
 
-def test_losses_are_the_models_own_whatever_the_batch():
+@pytest.mark.parametrize("most", [4096, 40, 1])
+def test_losses_are_the_models_own_whatever_the_batch(most, monkeypatch):
+    monkeypatch.setattr(generating, "_MOST_LOGITS", most)
     model, tokenizer = make_model().eval(), make_tokenizer()
     documents = tokenize(examples_of(SUMS[:7]), tokenizer, 64).documents
     losses, targets = document_losses(model, documents, pad_token_id=0, batch_size=3)
@@ -140,6 +145,16 @@ def test_losses_are_the_models_own_whatever_the_batch():
             mean = model(input_ids=ids, labels=labels).loss
         assert loss / count == pytest.approx(float(mean), rel=1e-5)
         assert count == document.learned.sum()
+
+
+def test_every_row_is_in_one_batch_of_the_size_that_was_asked_for():
+    lengths = np.random.default_rng(0).integers(1, 50, size=40).tolist()
+    for most in (None, 60, 1):
+        batches = generating.batches_by_length(lengths, 4, most)
+        assert sorted(at for batch in batches for at in batch) == list(range(40))
+        assert all(len(batch) <= 4 for batch in batches)
+        assert all(len(batch) == 1 or most is None or len(batch) * lengths[batch[0]] <= most for batch in batches)
+    assert generating.batches_by_length([], 4) == []
 
 
 # prompts and references
@@ -311,6 +326,19 @@ def test_raw_text_has_a_loss_and_a_file_per_label_is_read(tiny, tmp_path):
         evaluate(EvalRequest(tiny, (files[0], str(text)), device="cpu"))
 
 
+def test_a_run_is_evaluated_on_rows_of_another_kind(run, tmp_path):
+    """What the run says of its own file (its task, its columns) is not asked of a file of another kind."""
+    record = json.loads((run / "run.json").read_text())
+    changed = {**record["config"], "task": "sft", "columns": {"prompt": "ask", "completion": "say"}}
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    (other / "run.json").write_text(json.dumps({**record, "config": changed}))
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "a fine film", "label": "pos"}] * 3)
+    assert evaluate(EvalRequest(str(other), (data,), device="cpu")).task == "classification"
+    text = tmp_path / "text.txt"
+    text.write_text("a fine film\n")
+    assert evaluate(EvalRequest(str(other), (str(text),), device="cpu")).task == "pretrain"
+
+
 def write_text(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
@@ -328,15 +356,17 @@ def test_an_answer_may_be_as_long_as_the_longest_right_one(tiny):
     [
         ({"model": "no/such/folder/at-all", "data": ("DATA",)}, "cannot be loaded", "on the hub"),
         ({"model": "TINY"}, "is no run", "--data FILE"),
-        ({"model": "TINY", "data": ("DATA",), "slices": ("nope",)}, "--slice nope", "name one"),
+        ({"model": "TINY", "data": ("DATA",), "slices": ("nope",)}, "slice nope: no row", "name one"),
         ({"model": "TINY", "data": ("DATA",), "task": "classifcation"}, "no such task", "did you mean classification"),
         ({"model": "TINY", "data": ("DATA",), "rows": 0}, "rows: 0", "1 or more"),
+        ({"model": "TINY", "data": ("MANY",), "slices": ("completion",)}, "51 different values", "50 or fewer"),
         ({"model": "EMPTY", "data": ("DATA",)}, "holds neither a run", "output_dir"),
     ],
 )
 def test_mistakes_name_their_mend(tiny, tmp_path, request_, said, fix):
     (tmp_path / "empty").mkdir()
     places = {"TINY": tiny, "EMPTY": str(tmp_path / "empty"), "DATA": write_rows(tmp_path / "rows.jsonl", SUMS[:3])}
+    places["MANY"] = write_rows(tmp_path / "many.jsonl", [{"prompt": "a", "completion": str(n)} for n in range(51)])
     given = {**request_, "model": places.get(request_["model"], request_["model"])}
     given["data"] = tuple(places[name] for name in given.get("data", ()))
     with pytest.raises(UserError, match=said) as caught:
@@ -351,20 +381,31 @@ def test_a_run_that_was_stopped_is_refused(run, tmp_path):
         find_model(tmp_path)
 
 
-def test_an_adapter_of_another_model_is_refused(run, tmp_path):
-    other = save_tiny(tmp_path / "other")
-    config = json.loads((Path(other) / "config.json").read_text())
-    found = find_model(run / "checkpoint-10")
-    model = make_model(positions=64)
-    model.config.hidden_size = config["hidden_size"]
+def test_an_adapter_of_another_model_is_refused(run, tiny, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    wide = LlamaConfig(**{**config, "hidden_size": 32, "head_dim": 8})
-    LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
-    import dataclasses
-
+    wide = {**json.loads((Path(tiny) / "config.json").read_text()), "hidden_size": 32, "head_dim": 8}
+    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(tmp_path / "wide")
+    adapter = Path(shutil.copytree(run / "checkpoint-10", tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "wide")})
+    )
     with pytest.raises(UserError, match="does not fit"):
-        load_for_use(dataclasses.replace(found, base=str(tmp_path / "wide")), torch.device("cpu"))
+        load_for_use(find_model(adapter), torch.device("cpu"))
+
+
+def test_a_model_that_was_saved_in_4_bits_is_evaluated(tiny, tmp_path):
+    model = pf.load_4bit(tiny)
+    model.save_pretrained(tmp_path / "small")
+    tokenizer = load_tokenizer(tiny, data_format="prompt_completion")
+    tokenizer.save_pretrained(tmp_path / "small")
+    data = write_rows(tmp_path / "rows.jsonl", SUMS[:6])
+    found = evaluate(EvalRequest(str(tmp_path / "small"), (data,), device="cpu"))
+    documents = tokenize(examples_of(SUMS[:6]), tokenizer, 64).documents
+    losses, targets = document_losses(model, documents, pad_token_id=0)
+    assert found.scores["loss"].value == pytest.approx(losses.sum() / targets.sum(), rel=1e-5)
+    assert find_model(tmp_path / "small").in_4bit
 
 
 def test_the_command_prints_and_takes_json(run, monkeypatch, capsys, tmp_path):
@@ -381,6 +422,12 @@ def test_the_command_prints_and_takes_json(run, monkeypatch, capsys, tmp_path):
     assert 0 <= found["scores"]["exact_match"]["low"] <= found["scores"]["exact_match"]["high"] <= 1
     assert call(monkeypatch, "eval", str(run), "--data", str(tmp_path / "nope.jsonl")) == 2
     assert "no such file" in capsys.readouterr().err
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyfinetune.train.evaluating.evaluate", interrupted)
+    assert call(monkeypatch, *given) == 130
 
 
 def test_generating_leaves_no_trace_in_the_randomness():

@@ -214,6 +214,13 @@ class TestSpans:
         with pytest.raises(UserError, match="f, row 1: beside the 20 tokens of its question, max_length 24 leaves 1"):
             span_rows([example], encoder_tokenizer(), 24, 6)
 
+    def test_rows_that_need_one_window_need_no_stride(self):
+        """The tokenizers library refuses a stride as long as the rows, though none of these is cut."""
+        example = named("question_answering", question="who ran ?", context="the dog ran .", answer="dog")
+        part = span_rows([example], encoder_tokenizer(), 24, 128)
+        assert len(part.rows) == 1
+        assert part.rows[0]["labels"] == span_rows([example], encoder_tokenizer(), 24, 4).rows[0]["labels"]
+
     def test_a_run_points_at_answers_and_at_none(self, encoder, tmp_path):
         rows = questions(72)
         for row in rows[::9]:

@@ -141,6 +141,12 @@ def test_defaults_and_what_overrides_them(tmp_path):
     assert arguments.save_steps == 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which device: auto takes")
+def test_without_a_gpu_a_run_that_leaves_the_device_open_is_one_on_the_cpu(tmp_path):
+    """Else two processes of torchrun on a CPU train by themselves and write over each other."""
+    assert training_arguments(config(tmp_path, device="auto"), train_rows=8, held_out=False).use_cpu
+
+
 @pytest.mark.parametrize("section", [{"lr_scheduler_type": "no-such"}, {"save_strategy": "sometimes"}])
 def test_a_value_that_transformers_refuses_is_a_users_error(tmp_path, section):
     with pytest.raises(UserError, match="trainer:") as caught:

@@ -19,7 +19,7 @@ from rich.console import Console
 from pyfinetune.errors import UserError
 from pyfinetune.train.answer_cache import AnswerCache, digest, file_name
 from pyfinetune.train.compare_config import CompareConfig
-from pyfinetune.train.evaluating import drawn, longest_answer, task_of
+from pyfinetune.train.eval_rows import drawn, longest_answer, task_of
 from pyfinetune.train.formats import Example, to_examples
 from pyfinetune.train.head_predicting import HeadPredictor, settings_of
 from pyfinetune.train.heads import may_be_unanswered

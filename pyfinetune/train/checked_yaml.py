@@ -38,11 +38,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, command: str = "pyfinetune train run.yaml") -> dict[str, Any]:
     """Read a YAML file of keys and values.
 
     Args:
         path: the file.
+        command: how to give one, for the message.
 
     Returns:
         Key to value.
@@ -56,7 +57,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file", fix="give the path of a YAML file, such as run.yaml")
+        raise UserError(f"{path}: no such file", fix=f"give the path of a YAML file: {command}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

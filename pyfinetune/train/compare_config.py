@@ -182,7 +182,7 @@ def load_compare(path: str | Path) -> CompareConfig:
     """
     if Path(path).is_dir():
         return parse_compare({"run": str(path)}, source=str(path))
-    return parse_compare(read_yaml(path), source=str(path))
+    return parse_compare(read_yaml(path, "pyfinetune compare compare.yaml"), source=str(path))
 
 
 def parse_compare(content: dict[str, Any], source: str = "compare") -> CompareConfig:

@@ -22,7 +22,7 @@ from pyfinetune.errors import UserError
 from pyfinetune.train import manifest, metrics
 from pyfinetune.train.asking import Questions, answer_questions, read_questions
 from pyfinetune.train.compare_config import CompareConfig
-from pyfinetune.train.evaluating import column_of
+from pyfinetune.train.eval_rows import column_of
 from pyfinetune.train.forgetting import Forgetting, measure_forgetting
 from pyfinetune.train.metrics import Score
 from pyfinetune.train.model import choose_device

@@ -15,7 +15,7 @@ import torch
 
 from pyfinetune.errors import UserError
 from pyfinetune.planner import Plan
-from pyfinetune.train.config import RunConfig, load_config, parse_config
+from pyfinetune.train.config import LORA_METHODS, RunConfig, load_config, parse_config
 from pyfinetune.train.model import check_length, choose_device, read_config
 from pyfinetune.train.planning import PLANNED, Settings, checkpointing_key, process_base, settings_of, step_plan
 
@@ -385,8 +385,9 @@ def given_config(path: str | None, options: dict[str, Any]) -> RunConfig:
         return load_config(path)
     if "model_name_or_path" not in given:
         raise UserError("plan: there is no model", fix="give a run's YAML file, or --model NAME_OR_FOLDER")
-    if given.get("method") == "full" and "lora_r" in given:
-        raise UserError("--r: full fine-tuning has no adapters, so no rank", fix="leave --r out, or set --method lora")
+    if given.get("method", "lora") not in LORA_METHODS and "lora_r" in given:
+        what = "full fine-tuning" if given["method"] == "full" else given["method"]
+        raise UserError(f"--r: {what} has no adapters of low rank", fix="leave --r out, or set --method lora")
     if given.get("batch_size", 1) < 1:
         raise UserError(
             f"--batch-size {given['batch_size']}: needs at least one row", fix="give --batch-size 1 or more"
@@ -403,6 +404,7 @@ def _headline(settings: Settings, layers: int) -> str:
     words.append(f"{settings.batch_size} x {settings.length:,} tokens")
     words += [f"{settings.documents} documents a row"] if settings.documents > 1 else []
     words += [f"r {settings.r}"] if settings.method != "full" else []
+    words += ["DoRA"] if settings.dora else []
     words.append(f"checkpointing {'on' if settings.checkpointing else 'off'}")
     words.append("with the kernels" if settings.patch else "without the kernels")
     return ", ".join(words)

@@ -10,7 +10,7 @@ from rich.console import Console
 from pyfinetune.train import metrics
 from pyfinetune.train.answer_cache import AnswerCache, digest
 from pyfinetune.train.compare_config import CompareConfig
-from pyfinetune.train.evaluating import drawn, read_rows
+from pyfinetune.train.eval_rows import drawn, read_rows
 from pyfinetune.train.formats import to_examples
 from pyfinetune.train.generating import document_losses
 from pyfinetune.train.metrics import Score

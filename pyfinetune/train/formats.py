@@ -189,6 +189,23 @@ def recognise(row: Row, task: str = "auto") -> str:
     raise UserError(f"{row.place}: no known format has the columns {_listed(row)}{hint}", fix=_HOW)
 
 
+def fits_task(row: Row, task: str) -> bool:
+    """Whether a row has the columns of a task.
+
+    Args:
+        row: any row.
+        task: as of `to_examples`.
+
+    Returns:
+        False where `to_examples` would refuse it.
+
+    Example:
+        >>> fits_task(Row({"text": "once"}, "a.txt", 1), "summarization")
+        False
+    """
+    return _format_of(row, task) is not None
+
+
 def _fits(name: str, task: str) -> bool:
     if task == "sft":
         return name not in ("text", "preference")

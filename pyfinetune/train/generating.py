@@ -18,6 +18,8 @@ import torch
 from pyfinetune.errors import InvalidInput
 from pyfinetune.train.tokenizing import Document
 
+_MOST_LOGITS = 4096  # tokens whose logits over the whole vocabulary are held at once
+
 OnBatch = Callable[[list[int], list[Any]], None]
 
 
@@ -160,7 +162,7 @@ def document_losses(
     targets = np.array([int(document.learned[1:].sum()) for document in documents], dtype=np.int64)
     device = next(model.parameters()).device
     with answering(model):
-        for batch in batches_by_length([len(document) for document in documents], batch_size):
+        for batch in batches_by_length([len(document) for document in documents], batch_size, _MOST_LOGITS):
             ids, mask = _padded([documents[at].input_ids for at in batch], pad_token_id, left=False)
             wanted, _ = _padded([documents[at].learned for at in batch], 0, left=False)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
@@ -175,22 +177,30 @@ def document_losses(
     return losses, targets
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int, most_tokens: int | None = None) -> list[list[int]]:
     """Indices in batches of like length, the longest first, so that what does not fit into memory shows at once.
 
     Args:
         lengths: of each row, in tokens.
-        batch_size: rows in a batch.
+        batch_size: rows in a batch, at most.
+        most_tokens: tokens in a batch, padding included, at most; a longer row is alone. None for no limit.
 
     Returns:
         Batches of indices; each row is in one of them.
 
     Example:
-        >>> batches_by_length([3, 9, 5], 2)
-        [[1, 2], [0]]
+        >>> batches_by_length([3, 9, 5, 4], 2), batches_by_length([3, 9, 5, 4], 2, most_tokens=10)
+        ([[1, 2], [3, 0]], [[1], [2, 3], [0]])
     """
-    order = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        last = batches[-1] if batches else []
+        fits = most_tokens is None or (len(last) + 1) * lengths[last[0] if last else at] <= most_tokens
+        if last and len(last) < batch_size and fits:
+            last.append(at)
+        else:
+            batches.append([at])
+    return batches
 
 
 def _generate(

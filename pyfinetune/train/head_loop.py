@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig
-from pyfinetune.train.encoders import IGNORED, MaskedRows, collator_of
+from pyfinetune.train.encoders import IGNORED, HeadRows, MaskedRows, collator_of
 from pyfinetune.train.heads import Head
 from pyfinetune.train.loop import RunTrainer
 
@@ -113,10 +113,10 @@ def trainer_parts(head: Head, rows: Any, tokenizer: Any, model: Any, config: Run
         from pyfinetune.train.reward_loop import reward_parts
 
         return reward_parts(rows, tokenizer)
-    train, held_out, callbacks = rows.train, rows.held_out, []
+    train, held_out, callbacks = HeadRows(rows.train), HeadRows(rows.held_out), []
     if head.kind == "masked_lm":
-        train = MaskedRows(train, tokenizer, config.mlm_probability, config.seed, fixed=False)
-        held_out = MaskedRows(held_out, tokenizer, config.mlm_probability, config.seed, fixed=True)
+        train = MaskedRows(rows.train, tokenizer, config.mlm_probability, config.seed, fixed=False)
+        held_out = MaskedRows(rows.held_out, tokenizer, config.mlm_probability, config.seed, fixed=True)
         callbacks.append(Epochs(train))
     return {
         "train_rows": train,

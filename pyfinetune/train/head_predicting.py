@@ -22,14 +22,16 @@ from pyfinetune.train.encoders import IGNORED, MaskedRows, Part, collator_of
 from pyfinetune.train.formats import Example
 from pyfinetune.train.generating import answering
 from pyfinetune.train.head_loop import head_logits
+from pyfinetune.train.head_model import load_with_head
 from pyfinetune.train.head_rows import head_part
 from pyfinetune.train.heads import HEADS, Head, choose_head, saved_labels
-from pyfinetune.train.model import load_with_head, read_config
+from pyfinetune.train.model import read_config
 from pyfinetune.train.predicting import Answer, OnAnswers
+from pyfinetune.train.saved import find_saved, load_saved
 from pyfinetune.train.spans import right_answers
 from pyfinetune.train.tasks import tags_of_answer
 from pyfinetune.train.tokenizing import load_head_tokenizer
-from pyfinetune.train.using import Found, with_adapter
+from pyfinetune.train.using import Found, is_saved
 
 _LEARNED = ("sequence_classification", "token_classification", "question_answering")
 
@@ -74,7 +76,7 @@ def load_head(found: Found, head: Head, device: torch.device) -> tuple[Any, Any,
         The model in evaluation mode, its tokenizer, and the names of its classes.
 
     Raises:
-        UserError: as `model.load_with_head`; or the model's head was never trained.
+        UserError: as `head_model.load_with_head`; or the model's head was never trained.
 
     Example:
         >>> model, tokenizer, labels = load_head(found, head, torch.device("cpu"))  # doctest: +SKIP
@@ -82,25 +84,19 @@ def load_head(found: Found, head: Head, device: torch.device) -> tuple[Any, Any,
     labels = tuple(found.record.get("head", {}).get("labels") or ())
     where = found.path if (Path(found.path) / "config.json").is_file() else found.base
     if head.has_labels and not labels:
-        known = saved_labels(read_config(where)) or {}
+        known = saved_labels(read_config(where, quantized=True)) or {}
         labels = tuple(known[number] for number in sorted(known))
     tokenizer = load_head_tokenizer(found.path, split_into_words=head.kind == "token_classification")
-    model, fresh = load_with_head(
-        found.base,
-        head.auto_class,
-        labels=labels,
-        outputs=head.outputs,
-        pad_token_id=tokenizer.pad_token_id,
-        method=found.method,
-        dtype=found.run.dtype if found.run is not None else "auto",
-        device=device,
-    )
-    if not found.adapter and ((head.has_labels and not labels) or (fresh and head.kind in _LEARNED)):
+    if is_saved(found):
+        return load_saved(find_saved(found.path), device), tokenizer, labels
+    options = {"labels": labels, "outputs": head.outputs, "pad_token_id": tokenizer.pad_token_id, "device": device}
+    model, fresh = load_with_head(found.base, head.auto_class, **options)
+    if (head.has_labels and not labels) or (fresh and head.kind in _LEARNED):
         raise UserError(
             f"{found.path}: its head {head.kind} was never trained, so it predicts nothing",
             fix="train it first, or give the output_dir of the run that did",
         )
-    return with_adapter(found, model, device).eval(), tokenizer, labels
+    return model.eval(), tokenizer, labels
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pyfinetune.errors import InvalidInput
 from pyfinetune.train.row_statistics import METRICS, Statistic, ratio, statistics_of
 
 _CELLS = 1 << 22  # of the table of draws that is held at once
-_MOST_SLICES = 50
+MOST_SLICES = 50
 _LEVEL = (2.5, 97.5)  # percentiles that enclose 95 %
 
 
@@ -120,10 +120,10 @@ def score_slices(
     members: dict[str, list[int]] = {}
     for row, value in enumerate(slices):
         members.setdefault("(none)" if value is None else str(value), []).append(row)
-    if len(members) > _MOST_SLICES:
+    if len(members) > MOST_SLICES:
         raise InvalidInput(
             f"score_slices: {len(members)} different values make slices too small to tell anything; take a column with"
-            f" {_MOST_SLICES} or fewer"
+            f" {MOST_SLICES} or fewer"
         )
     statistics = statistics_of(task, predictions, references, labels)
     ordered = sorted(members.items(), key=lambda pair: (-len(pair[1]), pair[0]))

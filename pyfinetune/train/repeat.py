@@ -95,10 +95,10 @@ def found_from(folder: str, value: Any) -> Any:
         >>> found_from("no-such-folder", "Qwen/Qwen2.5-0.5B")
         'Qwen/Qwen2.5-0.5B'
     """
-    if isinstance(value, dict):
-        return {key: found_from(folder, item) for key, item in value.items()}
     if isinstance(value, list):
         return [found_from(folder, item) for item in value]
+    if isinstance(value, dict):
+        return {key: found_from(folder, item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     there = os.path.join(folder, value)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from pyfinetune.errors import UserError
-from pyfinetune.train import manifest, saved
+from pyfinetune.train import manifest
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import hash_files
 from pyfinetune.train.model import load_model, read_config
-from pyfinetune.train.repeat import found_from, load_repeat
+from pyfinetune.train.repeat import load_repeat
+from pyfinetune.train.saved import find_saved, load_saved
 from pyfinetune.train.tokenizing import load_tokenizer
 
 
@@ -29,6 +30,7 @@ class Found:
         path: its folder, or its name on the hub.
         base: what its weights are, or what its adapter lies on.
         adapter: whether `path` holds an adapter.
+        in_4bit: whether `path` holds a whole model in 4 bits.
         method: of the run that made it, which decides the type of the weights; `lora` for a plain model.
         run: the configuration of that run, its paths found from here; None where no run made it.
         record: that run's `run.json`.
@@ -37,6 +39,7 @@ class Found:
     path: str
     base: str
     adapter: bool = False
+    in_4bit: bool = False
     method: str = "lora"
     run: RunConfig | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -44,7 +47,7 @@ class Found:
     @property
     def positions(self) -> int | None:
         """Tokens that the model can hold; None where it does not say."""
-        return getattr(read_config(self.base).get_text_config(), "max_position_embeddings", None)
+        return getattr(read_config(self.base, quantized=True).get_text_config(), "max_position_embeddings", None)
 
     def identity(self) -> dict[str, Any]:
         """What tells these weights from others: name, and SHA-256 of the files or the hub's commit.
@@ -53,7 +56,7 @@ class Found:
             >>> find_model("path/to/model").identity()["sha256"][:8]  # doctest: +SKIP
             'c0ffee00'
         """
-        facts = manifest.model_identity(self.base, read_config(self.base))
+        facts = manifest.model_identity(self.base, read_config(self.base, quantized=True))
         if self.adapter:
             facts["adapter_sha256"] = hash_files(sorted(Path(self.path).glob("*.safetensors")))
         return facts | {"method": self.method}
@@ -86,23 +89,17 @@ def find_model(path: str | Path) -> Found:
             )
         config, _ = load_repeat(folder)
         base = config.model_name_or_path if is_adapter else name
-        return Found(name, base, is_adapter, config.method, config, record)
+        return Found(name, base, is_adapter, method=config.method, run=config, record=record)
     if is_adapter:
-        from peft import PeftConfig
-
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-        if not base:
-            raise UserError(
-                f"{name}: adapter_config.json does not say which model the adapter lies on",
-                fix="write its name or folder there as base_model_name_or_path",
-            )
-        return Found(name, found_from(str(folder.parent), base), adapter=True)
+        saved = find_saved(folder)
+        return Found(name, saved.base, adapter=True, method="qlora" if saved.in_4bit else "lora")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{name}: holds neither a run (run.json), nor an adapter (adapter_config.json), nor a model (config.json)",
             fix="give the output_dir of a run, or the folder that save_pretrained wrote",
         )
-    return Found(name, name)
+    in_4bit = folder.is_dir() and getattr(read_config(name, quantized=True), "quantization_config", None) is not None
+    return Found(name, name, in_4bit=in_4bit)
 
 
 def tokenizer_of(found: Found, data_format: str, chat_template: str = "auto") -> Any:
@@ -150,31 +147,24 @@ def load_for_use(found: Found, device: torch.device, dtype: str = "auto") -> Any
         >>> load_for_use(find_model("runs/first"), torch.device("cpu")).training  # doctest: +SKIP
         False
     """
-    if found.run is not None and dtype == "auto":
-        dtype = found.run.dtype
+    if is_saved(found):
+        return load_saved(find_saved(found.path), device)
     model = load_model(found.base, method=found.method, dtype=dtype, device=device)
-    model = with_adapter(found, model, device)
     model.config.use_cache = True
     return model.eval()
 
 
-def with_adapter(found: Found, model: Any, device: torch.device) -> Any:
-    """A base model with the adapter that was trained on it.
+def is_saved(found: Found) -> bool:
+    """Whether a folder says itself how its model is to be loaded: what a run or an export left, or 4-bit weights.
 
     Args:
         found: what `find_model` returned.
-        model: its base, loaded.
-        device: where to.
 
     Returns:
-        The PEFT model; the base itself where there is no adapter.
-
-    Raises:
-        UserError: the adapter does not fit the model.
+        False for a plain model, and for the base of a run, which is loaded as the run had it.
 
     Example:
-        >>> with_adapter(find_model("runs/first"), model, torch.device("cpu"))  # doctest: +SKIP
+        >>> is_saved(find_model("Qwen/Qwen2.5-0.5B"))  # doctest: +SKIP
+        False
     """
-    if not found.adapter:
-        return model
-    return saved.with_adapter(model, found.path, found.base).to(device)
+    return found.adapter or found.run is not None or found.in_4bit

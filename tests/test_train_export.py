@@ -137,7 +137,9 @@ def test_merged_4bit_is_a_bitsandbytes_checkpoint(base, tmp_path, in_4bit):
     assert found["added_loss"] <= found["allowed"]
     assert found["added_by_quantizing_the_base"] is not None
     assert found["perplexity_of_export"] > 1
-    assert check(result, "agreement")["largest_difference"] > 0
+    found = check(result, "agreement")
+    assert found["largest_difference"] > 0
+    assert 0 <= found["greedy_tokens_equal"] <= found["greedy_tokens"] == 8
 
 
 def test_a_whole_model_is_copied_and_checked(base, tmp_path):
@@ -266,18 +268,34 @@ def test_an_encoder_with_masked_language_model_head(tmp_path):
     assert check(result, "read back, against")["rows"] == 2
 
 
-def test_prompt_tuning_is_exported_as_an_adapter_only(base, tmp_path):
-    from peft import PromptTuningConfig, get_peft_model
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "IA3"])
+def test_other_methods_of_peft(base, tmp_path, kind):
+    """What adds to the input or between the layers is exported as an adapter only; (IA)^3 scales, and merges."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
-    )
+    options = {
+        "PROMPT_TUNING": {"num_virtual_tokens": 4},
+        "PREFIX_TUNING": {"num_virtual_tokens": 4},
+        "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+        "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    }
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]](task_type="CAUSAL_LM", **options[kind])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(tmp_path / "adapter")
     make_tokenizer().save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"PROMPT_TUNING has no weights to merge"):
-        exported(tmp_path, str(tmp_path / "adapter"))
     exported(tmp_path, str(tmp_path / "adapter"), "adapter")
+    assert torch.equal(logits(load_saved(find_saved(tmp_path / "out"))), logits(model))
+    if kind == "IA3":
+        exported(tmp_path, str(tmp_path / "adapter"))
+        merged = logits(load_saved(find_saved(tmp_path / "out")))
+        assert (merged - logits(model)).norm() < 2e-6 * merged.norm()
+        return
+    with pytest.raises(UserError, match=f"{kind} has no weights to merge"):
+        exported(tmp_path, str(tmp_path / "adapter"))
 
 
 def test_several_adapters_have_to_be_chosen_from(base, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import adapter_model, changed_weights, save_adapter, save_base
+from safetensors.torch import load_file
 from tiny_heads import NAMES, save_encoder, save_encoder_decoder
 from tiny_model import make_tokenizer
 
@@ -87,6 +88,11 @@ def test_a_checkpoint_of_a_run_knows_its_run(run, tmp_path):
     assert saved.in_4bit
     result = export(Request(str(saved.folder), "adapter", str(tmp_path / "out"), device="cpu"))
     assert result.base_in_4bit
+    inside = Path(run) / "an adapter"
+    export(Request(run, "adapter", str(inside), device="cpu"))
+    assert find_saved(run).folder == Path(run)  # one export inside is no second adapter to choose from
+    assert find_saved(inside).record is None
+    shutil.rmtree(inside)
 
 
 def test_rows_that_are_gone_are_replaced(run, tmp_path):
@@ -167,7 +173,7 @@ def mistake(name: str, folder: Path, base: str, adapter: str) -> tuple[Request, 
 
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(other)).save_pretrained(other)
         config["base_model_name_or_path"] = other
-        text, mend = "the adapter does not fit", "--base"
+        text, mend = "this adapter does not fit", "own base model"
     elif name == "pickle":
         (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
         text, mend = "adapter_model.bin is a pickle", "safetensors"
@@ -327,3 +333,11 @@ def head_rows(head: str) -> list[dict]:
         return [{"source": f"hund katze {name}", "target": f"dog cat {name}"} for name in NAMES]
     texts = [{"text": f"a film that {name} saw .", "label": ("neg", "pos")[i % 2]} for i, name in enumerate(NAMES)]
     return [{"text": row["text"]} for row in texts] if head == "masked_lm" else texts
+
+
+def test_layers_that_are_read_to_float32(tmp_path):
+    """T5 keeps some weights in float32 when it is read in float16; its file has them in float16 all the same."""
+    model = save_encoder_decoder(tmp_path / "model")
+    result = export(Request(model, output_dir=str(tmp_path / "out"), dtype="float16", device="cpu"))
+    assert result.dtype == "float16"
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}

@@ -259,6 +259,7 @@ def _lines(source: TextIO) -> Iterator[str]:
         except KeyboardInterrupt:
             print("(Ctrl-D or /quit leaves)", file=sys.stderr)
         except EOFError:
+            print(file=sys.stderr)
             return
 
 

@@ -149,6 +149,9 @@ class _Export:
         say(f"loading {saved.folder}" + (f" over {saved.base}" if saved.is_adapter else ""))
         self.tokenizer = load_tokenizer_of(saved)
         self.model = load_saved(saved, self.device)
+        if saved.is_adapter and request.to != "adapter" and not hasattr(self.model, "merge_and_unload"):
+            kind = self.model.active_peft_config.peft_type.value
+            raise UserError(f"{saved.folder}: {kind} has no weights to merge", fix="export it with --to adapter")
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.kind, self.config = type(inner), inner.config
         self.dtype = DTYPES.get(request.dtype) or inner.dtype
@@ -281,8 +284,9 @@ class _Export:
         self.checks.append(checks.check_codes(again, weights))
         self._check_read_back("the 4-bit model", again, exact)
         logits = proof.logits_of(again, self.reference.rows)
+        texts = proof.greedy_of(again, self.reference.rows)
         del again, quantized, merged
-        self.checks.append(quality.agreement(logits, self.reference))
+        self.checks.append(quality.agreement(logits, self.reference, texts))
         ours, own = (quality.token_losses(values, self.reference) for values in (logits, self.reference.own))
         self.checks.append(quality.judge_quantized(own, ours, self._losses_of_base(settings)))
         self._check_tokenizer(stage)
@@ -322,7 +326,8 @@ class _Export:
         own = self.reference.own
         decoded = gguf_export.with_weights(again, found.tensors)
         ours = proof.logits_of(decoded, self.reference.rows)
-        self.checks.append(quality.agreement(ours, self.reference))
+        texts = proof.greedy_of(decoded, self.reference.rows)
+        self.checks.append(quality.agreement(ours, self.reference, texts))
         losses, before = (quality.token_losses(values, self.reference) for values in (ours, own))
         self.checks.append(
             {"what": "perplexity", "trained_model": before.mean().exp().item(), "export": losses.mean().exp().item()}
@@ -390,12 +395,3 @@ def _check_form(request: Request, saved: Saved) -> None:
         raise UserError(
             f"{saved.folder}: is a 4-bit model already", fix="use it as it is, or export it with --to merged"
         )
-    if saved.is_adapter and request.to != "adapter":
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(str(saved.folder))
-        if config.is_prompt_learning:
-            raise UserError(
-                f"{saved.folder}: {config.peft_type.value} has no weights to merge: it adds to the input",
-                fix="export it with --to adapter",
-            )

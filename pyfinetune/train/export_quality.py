@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pyfinetune.errors import NotProved
-from pyfinetune.train.export_proof import Logits, Reference
+from pyfinetune.train.export_proof import Greedy, Logits, Reference
 
 _SHARE, _WITHOUT_BASE = 2.0, 0.1
 
@@ -93,15 +94,17 @@ def judge_quantized(
     return numbers
 
 
-def agreement(ours: Logits, reference: Reference) -> dict[str, Any]:
+def agreement(ours: Logits, reference: Reference, greedy: Sequence[Greedy] = ()) -> dict[str, Any]:
     """How far another model's logits are from the trained one's, where they cannot be equal.
 
     Args:
         ours: by row.
         reference: what `make_reference` returned.
+        greedy: its greedy texts.
 
     Returns:
-        Share of positions with the same most likely token, and the largest difference of a logit.
+        Share of positions with the same most likely token, the largest difference of a logit, and how many greedy texts
+        are equal, and tokens of them up to where they part.
 
     Example:
         >>> agreement(reference.own, reference)["same_most_likely"]  # doctest: +SKIP
@@ -112,8 +115,14 @@ def agreement(ours: Logits, reference: Reference) -> dict[str, Any]:
         same.append((ours[name].double().argmax(dim=-1) == own.double().argmax(dim=-1)).double().reshape(-1))
         away = max(away, (ours[name].double() - own.double()).abs().max().item())
     joined = torch.cat(same)
+    pairs = list(zip(greedy, reference.greedy, strict=False))
+    parted = [[a == b for a, b in zip(mine.tokens, theirs.tokens, strict=False)] for mine, theirs in pairs]
     return {
         "what": "agreement with the trained model",
+        "greedy_texts": len(pairs),
+        "greedy_texts_equal": sum(mine.tokens == theirs.tokens for mine, theirs in pairs),
+        "greedy_tokens": sum(map(len, parted)),
+        "greedy_tokens_equal": sum([*same, False].index(False) for same in parted),
         "positions": len(joined),
         "same_most_likely": joined.mean().item(),
         "largest_difference": away,

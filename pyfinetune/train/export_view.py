@@ -84,9 +84,14 @@ def _check_line(check: dict[str, Any]) -> str:
             f" becomes {check['perplexity_of_export']:.3f}{beside}, {check['allowed']:.4f} allowed"
         )
     if "same_most_likely" in check:
+        texts = (
+            f"; greedy text: {check['greedy_tokens_equal']} of {check['greedy_tokens']} tokens before it parts"
+            if check["greedy_texts"]
+            else ""
+        )
         return (
             f"{check['same_most_likely']:.1%} of {check['positions']:,} positions have the same most likely token,"
-            f" logits differ by up to {check['largest_difference']:.2e}"
+            f" logits differ by up to {check['largest_difference']:.2e}{texts}"
         )
     if "export" in check:
         return f"perplexity {check['trained_model']:.3f} becomes {check['export']:.3f}"

@@ -131,20 +131,42 @@ def load_saved(saved: Saved, device: torch.device | str = "cpu") -> Any:
     """
     if not saved.is_adapter:
         return load_base(saved, saved.in_4bit).to(device).eval()
+    return with_adapter(load_base(saved, saved.in_4bit), saved.folder, saved.base).to(device).eval()
+
+
+def with_adapter(model: Any, folder: str | Path, base: str) -> Any:
+    """Put a saved adapter on its base.
+
+    Args:
+        model: the base, in 4 bits or not.
+        folder: the adapter's.
+        base: the base's name, for the message.
+
+    Returns:
+        The PEFT model, which knows 4-bit layers.
+
+    Raises:
+        UserError: the adapter does not fit the base.
+
+    Example:
+        >>> with_adapter(pf.load_4bit("path/to/model"), "runs/first", "path/to/model")  # doctest: +SKIP
+    """
     from peft import LoraConfig, PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(str(saved.folder))
-    model = load_base(saved, saved.in_4bit)
+    config = PeftConfig.from_pretrained(str(folder))
+    known = pf.lora_config(config) if isinstance(config, LoraConfig) else config
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # PEFT asks for a property by a name that newer versions of transformers call deprecated.
+            deprecated = ".is_gradient_checkpointing. is deprecated"
+            warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # an export unties them
-            known = pf.lora_config(config) if isinstance(config, LoraConfig) else config
-            return PeftModel.from_pretrained(model, str(saved.folder), config=known).to(device).eval()
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+            return PeftModel.from_pretrained(model, str(folder), config=known)
+    except (RuntimeError, ValueError, KeyError, OSError, UserWarning) as error:
         raise UserError(
-            f"{saved.folder}: the adapter does not fit {saved.base}: {' '.join(str(error).split())[:300]}",
-            fix="give the model that it was trained on with --base",
+            f"{folder}: this adapter does not fit {base}: {' '.join(str(error).split())[:300]}",
+            fix="give the adapter's own base model back its place, or train the adapter anew",
         ) from error
 
 
@@ -265,8 +287,9 @@ def _quietly(kind: Any, name: str, options: dict[str, Any]) -> Any:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """`run.json` of a run's folder; a checkpoint's and an adapter's is in the folder above."""
-    for place in (folder, folder.resolve().parent):
+    """`run.json` of a run's folder; a checkpoint's is in the folder above."""
+    above = [folder.resolve().parent] if _CHECKPOINT.fullmatch(folder.resolve().name) else []
+    for place in (folder, *above):
         record = read_manifest(place / "run.json")
         if isinstance(record, dict) and isinstance(record.get("config"), dict):
             return record
@@ -287,8 +310,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _chosen(folder: Path, adapter: str | None) -> Path:
     """The folder of the one adapter, where PEFT has saved several side by side."""
-    others = sorted(path.parent for path in folder.glob(f"*/{ADAPTER}") if not _CHECKPOINT.fullmatch(path.parent.name))
-    named = {path.name: path for path in others if not path.name.startswith(".")}
+    others = sorted(path.parent for path in folder.glob(f"*/{ADAPTER}"))
+    # Checkpoints, exports and other runs may be in a run's folder too.
+    apart = {path for path in others if any((path / name).is_file() for name in (RECORD, "run.json", "checksums.json"))}
+    apart |= {path for path in others if _CHECKPOINT.fullmatch(path.name) or path.name.startswith(".")}
+    named = {path.name: path for path in others if path not in apart}
     if (folder / ADAPTER).is_file():
         named = {"default": folder, **named}
     if adapter is not None:

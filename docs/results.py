@@ -111,7 +111,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         >>> table([]).count("|")
         14
     """
-    lines = ["| file | held-out rows | metric | without a model | the run | of it |", "|---|---|---|---|---|---|"]
+    lines = ["| file | held-out rows | metric | without a model | the run | its model |", "|---|---|---|---|---|---|"]
     for result in results:
         main = result["metric"]
         floor, score = (_score(result[key][main]) for key in ("floor_scores", "scores"))

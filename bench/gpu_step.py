@@ -280,7 +280,7 @@ def planned_mb(size: str, documents: int, length: int, device: torch.device) -> 
         documents, length: the packed tokens of the step.
         device: where the step will run.
     """
-    from pyfinetune.train.planning import Settings, step_plan
+    from pyfinetune.train.planning.step import Settings, step_plan
 
     with tempfile.TemporaryDirectory() as folder:
         _llama_config(size).save_pretrained(folder)

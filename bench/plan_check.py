@@ -129,7 +129,7 @@ def run_config(configuration: Configuration, model: str, output_dir: str) -> Any
         output_dir: where the run writes.
     """
     from pyfinetune.train.config import parse_config
-    from pyfinetune.train.planning import checkpointing_key
+    from pyfinetune.train.planning.step import checkpointing_key
 
     return parse_config(
         {
@@ -170,10 +170,10 @@ def _trainer(configuration: Configuration, model_folder: str, output_dir: str) -
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     import pyfinetune as pf
+    from pyfinetune.train.data.tokenizing import Document
     from pyfinetune.train.loop import build_trainer, training_arguments
     from pyfinetune.train.methods import add_method
     from pyfinetune.train.model import read_config
-    from pyfinetune.train.tokenizing import Document
 
     run = run_config(configuration, model_folder, output_dir)
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ def _trainer(configuration: Configuration, model_folder: str, output_dir: str) -
 
 def _resident(configuration: Configuration, folder: str) -> dict[str, int]:
     """The process's resident set before there is a model, and at its largest while it trains."""
-    from pyfinetune.train.planning import process_base
+    from pyfinetune.train.planning.step import process_base
 
     base = process_base()
     with tempfile.TemporaryDirectory() as out:
@@ -269,7 +269,7 @@ def compare(configuration: Configuration, folder: Path, tensors: bool = False) -
         of `resident` (against `total`), `grown` (against `peak` with what torch's libraries take) and `allocated`
         (against `peak` without the scratch, which torch does not see).
     """
-    from pyfinetune.train.forecast import forecast
+    from pyfinetune.train.planning.forecast import forecast
 
     model = write_model(configuration.shape, folder)
     run = run_config(configuration, model, str(folder / "out"))

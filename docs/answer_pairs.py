@@ -75,8 +75,8 @@ def pairs_of(rows: Sequence[tuple[str, str]], seed: int = 0) -> list[dict[str, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the pairs of a file of questions and answers as JSON lines; returns the exit code."""
-    from pyfinetune.train.data import load_rows
-    from pyfinetune.train.formats import to_examples
+    from pyfinetune.train.data.files import load_rows
+    from pyfinetune.train.data.formats import to_examples
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", metavar="FILE", help="of any format that train knows: Alpaca, prompt/completion")

@@ -32,7 +32,7 @@ def questions_of(tokens: Sequence[str], tags: Sequence[str]) -> Iterator[dict[st
         >>> list(questions_of(["In", "New", "York"], ["O", "B-location", "I-location"]))[0]["answers"]
         {'text': ['New York'], 'answer_start': [3]}
     """
-    from pyfinetune.train.row_statistics import spans_of
+    from pyfinetune.train.evaluation.row_statistics import spans_of
 
     spans = spans_of(tags)
     for kind in sorted({kind for kind, _, _ in spans}):
@@ -50,7 +50,7 @@ def questions_of(tokens: Sequence[str], tags: Sequence[str]) -> Iterator[dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the questions of a CoNLL file as JSON lines; returns the exit code."""
-    from pyfinetune.train.data import load_rows
+    from pyfinetune.train.data.files import load_rows
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("conll", metavar="FILE", help="words and tags, a sentence to a paragraph")

@@ -19,15 +19,15 @@ from dataclasses import asdict, dataclass
 
 from pyfinetune.errors import PyfinetuneError, UserError
 from pyfinetune.train.config import RunConfig, load_config
-from pyfinetune.train.encoders import Part
-from pyfinetune.train.formats import Example
-from pyfinetune.train.head_scores import floor_of as head_floor
-from pyfinetune.train.head_scores import references_of, task_of
-from pyfinetune.train.heads import HEADS
-from pyfinetune.train.metrics import Score, perplexity, score
-from pyfinetune.train.reading import Data, prepare_rows, read_data
-from pyfinetune.train.row_statistics import spans_of
-from pyfinetune.train.tokenizing import load_tokenizer
+from pyfinetune.train.data.formats import Example
+from pyfinetune.train.data.reading import Data, prepare_rows, read_data
+from pyfinetune.train.data.tokenizing import load_tokenizer
+from pyfinetune.train.evaluation.metrics import Score, perplexity, score
+from pyfinetune.train.evaluation.row_statistics import spans_of
+from pyfinetune.train.heads.encoders import Part
+from pyfinetune.train.heads.kinds import HEADS
+from pyfinetune.train.heads.scores import floor_of as head_floor
+from pyfinetune.train.heads.scores import references_of, task_of
 
 _TASKS = {
     "classification": "sequence_classification",

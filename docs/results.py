@@ -49,7 +49,7 @@ def measure(page: str, config_path: Path, output_dir: Path) -> dict[str, Any]:
     from floors import floor_of
 
     from pyfinetune.train.config import load_config
-    from pyfinetune.train.evaluating import EvalRequest, evaluate
+    from pyfinetune.train.evaluation.evaluating import EvalRequest, evaluate
 
     record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     result = record["result"]
@@ -138,7 +138,7 @@ def rewritten(text: str, block: str) -> str:
 
 def _score(score: dict[str, Any]) -> str:
     """A value, with its interval where it has one."""
-    from pyfinetune.train.metrics import Score
+    from pyfinetune.train.evaluation.metrics import Score
 
     if "low" in score:
         return str(Score(**score))

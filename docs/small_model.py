@@ -69,7 +69,7 @@ def read_texts(paths: Sequence[str]) -> list[str]:
         >>> read_texts(["reviews.txt"])[0]  # doctest: +SKIP
         'a fine film .'
     """
-    from pyfinetune.train.data import load_rows
+    from pyfinetune.train.data.files import load_rows
 
     return [text for row in load_rows(paths, sample_by="line") for text in _texts(row.fields)]
 

@@ -60,7 +60,7 @@ def train(
     restart_with_recycled_pages()
     from pyfinetune.train.config import load_config
     from pyfinetune.train.repeat import load_repeat
-    from pyfinetune.train.report import result_lines
+    from pyfinetune.train.report.lines import result_lines
     from pyfinetune.train.run import train as run_train
 
     given = ["--from", repeats, *(["--output-dir", output_dir] if output_dir else [])] if repeats else [config]
@@ -104,9 +104,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model on rows it has not seen: loss, perplexity and the task's metrics, with 95 % intervals."""
-    from pyfinetune.train.eval_view import evaluation_lines
-    from pyfinetune.train.evaluating import EvalRequest
-    from pyfinetune.train.evaluating import evaluate as run_eval
+    from pyfinetune.train.evaluation.evaluating import EvalRequest
+    from pyfinetune.train.evaluation.evaluating import evaluate as run_eval
+    from pyfinetune.train.evaluation.view import evaluation_lines
 
     given = (model, tuple(data or ()), task, rows, tuple(slice_by or ()), classify_by, max_new_tokens)
     try:
@@ -125,10 +125,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Was fine-tuning worth it? The tuned model against prompts of its base, and against other models."""
-    from pyfinetune.train.compare_config import load_compare
-    from pyfinetune.train.compare_view import comparison_lines, write_comparison
-    from pyfinetune.train.comparison import compare as run_compare
-    from pyfinetune.train.comparison import save_comparison
+    from pyfinetune.train.comparing.comparison import compare as run_compare
+    from pyfinetune.train.comparing.comparison import save_comparison
+    from pyfinetune.train.comparing.config import load_compare
+    from pyfinetune.train.comparing.view import comparison_lines, write_comparison
 
     settings = load_compare(config)
     try:
@@ -153,9 +153,9 @@ def check(
     """Find what would spoil a run before it starts, without loading weights; exits 2 when there is an error."""
     from rich.console import Console
 
-    from pyfinetune.train.forecast import memory_lines
-    from pyfinetune.train.preflight import examine_file
-    from pyfinetune.train.preflight_view import show
+    from pyfinetune.train.planning.forecast import memory_lines
+    from pyfinetune.train.preflight.checks import examine_file
+    from pyfinetune.train.preflight.view import show
 
     found = examine_file(config, memory_lines)
     if as_json:
@@ -230,7 +230,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict a run's peak memory and hours before anything is loaded, and what fits GPUs of usual sizes."""
-    from pyfinetune.train.forecast import GPU_SIZES, forecast, given_config
+    from pyfinetune.train.planning.forecast import GPU_SIZES, forecast, given_config
 
     options = {"model_name_or_path": model, "method": method, "max_length": max_length, "batch_size": batch_size}
     options |= {"lora_r": r, "checkpointing": checkpointing, "dtype": dtype}
@@ -362,9 +362,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a trained model in the form it is used in, and prove that it is; exits 1 when it is not that model."""
-    from pyfinetune.train.export import Request
-    from pyfinetune.train.export import export as run_export
-    from pyfinetune.train.export_view import commands, export_lines
+    from pyfinetune.train.export.exporting import Request
+    from pyfinetune.train.export.exporting import export as run_export
+    from pyfinetune.train.export.view import commands, export_lines
 
     request = Request(source, to, output_dir, dtype, adapter, base, in_4bit, device, converter, gguf_type)
     result = run_export(request, lambda message: typer.echo(message, err=True))

@@ -65,7 +65,8 @@ def save_adapter(folder: str | Path, base: str, **options) -> str:
 @pytest.fixture(name="brief")
 def brief_fixture(monkeypatch) -> None:
     """Exports that compare two rows and one short text, which is as telling for a tiny model."""
-    from pyfinetune.train import export_proof, export_rows
+    from pyfinetune.train.export import proof as export_proof
+    from pyfinetune.train.export import rows as export_rows
 
     monkeypatch.setattr(export_rows, "TEXTS", export_rows.TEXTS[:2])
     monkeypatch.setattr(export_proof, "_PROMPTS", 1)

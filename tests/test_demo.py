@@ -22,8 +22,8 @@ from pyfinetune.demo import base, compare, docstrings, run, stages
 from pyfinetune.demo.docstrings import Entry
 from pyfinetune.demo.screen import Screen, verdict
 from pyfinetune.demo.settings import Clock, Settings, check
-from pyfinetune.train import answers
 from pyfinetune.train.config import load_config
+from pyfinetune.train.report import answers
 
 TINY = base.Size(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=1, max_length=64)
 OUTPUT_KEYS = {"model", "data", "adapter", "load", "seed", "device", "pretrain", "finetune", "samples", "comparison"}
@@ -321,7 +321,7 @@ class TestCommand:
         code = "\n".join(
             [
                 *result.load,
-                "from pyfinetune.train.answers import answer",
+                "from pyfinetune.train.report.answers import answer",
                 f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(out / 'adapter')!r})",
                 f"print(answer(model, tokenizer, tokenizer({sample['question']!r})['input_ids']))",
             ]

@@ -18,7 +18,7 @@ from entity_questions import questions_of
 from tiny_model import save_tiny, tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import InvalidInput, UserError
-from pyfinetune.train.compare_config import load_compare
+from pyfinetune.train.comparing.config import load_compare
 from pyfinetune.train.config import load_config, parse_config
 
 INDEX = tutorial.DOCS / "README.md"

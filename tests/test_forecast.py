@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from pyfinetune.cli import app
 from pyfinetune.errors import UserError
 from pyfinetune.planner import Plan
-from pyfinetune.train import forecast as module
-from pyfinetune.train.forecast import SHARE_OF_PEAK, fits, forecast, given_config
-from pyfinetune.train.planning import Settings, process_base, settings_of, skeleton, step_plan
+from pyfinetune.train.planning import forecast as module
+from pyfinetune.train.planning.forecast import SHARE_OF_PEAK, fits, forecast, given_config
+from pyfinetune.train.planning.step import Settings, process_base, settings_of, skeleton, step_plan
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results" / "cpu-epyc-zen4-2-threads.json"
 

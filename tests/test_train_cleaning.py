@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.cleaning import exact_duplicates, mojibake, near_duplicates, similarity
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.reading import read_data
+from pyfinetune.train.data.cleaning import exact_duplicates, mojibake, near_duplicates, similarity
+from pyfinetune.train.data.reading import read_data
 
 WORDS = [f"word{n}" for n in range(400)]
 LONG = "the storm tore the roof from the old barn and the cows stood in the rain until noon"

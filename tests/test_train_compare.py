@@ -14,18 +14,18 @@ from test_train_run import settings
 from tiny_model import CHATML, make_tokenizer, save_tiny, tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import UserError
-from pyfinetune.train import comparison
-from pyfinetune.train.answer_cache import AnswerCache, digest, file_name
-from pyfinetune.train.compare_config import Price, load_compare, parse_compare
-from pyfinetune.train.compare_view import comparison_lines, draw_bars, write_comparison
-from pyfinetune.train.comparison import Comparison, SystemResult, compare
-from pyfinetune.train.data import Row
-from pyfinetune.train.formats import to_examples
-from pyfinetune.train.metrics import Score
-from pyfinetune.train.predicting import CausalPredictor
-from pyfinetune.train.prompts import PromptMaker, Style, fill, question_of, repeated_questions
+from pyfinetune.train.comparing import comparison
+from pyfinetune.train.comparing.answer_cache import AnswerCache, digest, file_name
+from pyfinetune.train.comparing.comparison import Comparison, SystemResult, compare
+from pyfinetune.train.comparing.config import Price, load_compare, parse_compare
+from pyfinetune.train.comparing.prompts import PromptMaker, Style, fill, question_of, repeated_questions
+from pyfinetune.train.comparing.verdicts import Verdict, judge, rows_to_tell, verdict_on_other, verdict_on_tuning
+from pyfinetune.train.comparing.view import comparison_lines, draw_bars, write_comparison
+from pyfinetune.train.data.files import Row
+from pyfinetune.train.data.formats import to_examples
+from pyfinetune.train.evaluation.metrics import Score
+from pyfinetune.train.evaluation.predicting import CausalPredictor
 from pyfinetune.train.run import train
-from pyfinetune.train.verdicts import Verdict, judge, rows_to_tell, verdict_on_other, verdict_on_tuning
 
 # PEFT asks transformers 5.23 for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.data import Row, hash_files, hash_rows, load_dataset_rows, load_rows
-from pyfinetune.train.formats import recognise, to_examples
-from pyfinetune.train.splits import split_rows
+from pyfinetune.train.data.files import Row, hash_files, hash_rows, load_dataset_rows, load_rows
+from pyfinetune.train.data.formats import recognise, to_examples
+from pyfinetune.train.data.splits import split_rows
 
 PAIR = {"prompt": "1+1=", "completion": "2"}
 

@@ -21,7 +21,7 @@ from train_processes import stopped_at
 from pyfinetune.errors import UserError
 from pyfinetune.train import checkpoints, manifest, processes
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.packing import IGNORED, RowDataset, collate
+from pyfinetune.train.data.packing import IGNORED, RowDataset, collate
 from pyfinetune.train.processes import Batch, FilledUp, batch_of, check_sharding, fill_up
 from pyfinetune.train.run import train
 

@@ -16,13 +16,14 @@ from tiny_model import CHATML, make_model, make_tokenizer, save_tiny, tiny_fixtu
 
 import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
-from pyfinetune.train import generating
-from pyfinetune.train.data import Row
-from pyfinetune.train.eval_rows import longest_answer, task_of
-from pyfinetune.train.evaluating import EvalRequest, evaluate
-from pyfinetune.train.formats import to_examples
-from pyfinetune.train.generating import document_losses, generate_answers
-from pyfinetune.train.predicting import (
+from pyfinetune.train.data.files import Row
+from pyfinetune.train.data.formats import to_examples
+from pyfinetune.train.data.tasks import tags_of_answer
+from pyfinetune.train.data.tokenizing import load_tokenizer, tokenize
+from pyfinetune.train.evaluation import generating
+from pyfinetune.train.evaluation.evaluating import EvalRequest, evaluate
+from pyfinetune.train.evaluation.generating import document_losses, generate_answers
+from pyfinetune.train.evaluation.predicting import (
     CausalPredictor,
     document_of,
     last_answer,
@@ -30,9 +31,8 @@ from pyfinetune.train.predicting import (
     reference_of,
     with_answer,
 )
+from pyfinetune.train.evaluation.rows import longest_answer, task_of
 from pyfinetune.train.run import train
-from pyfinetune.train.tasks import tags_of_answer
-from pyfinetune.train.tokenizing import load_tokenizer, tokenize
 from pyfinetune.train.using import find_model, load_for_use, tokenizer_of
 
 # PEFT asks transformers 5.23 for a property by its old name.
@@ -214,7 +214,7 @@ def test_tags_are_read_from_an_answer(answer, tags):
 
 
 def test_every_answer_that_is_learned_reads_back_as_its_tags():
-    from pyfinetune.train.tasks import token_classification
+    from pyfinetune.train.data.tasks import token_classification
 
     tokens = ["Bob", "Bob", "and", "New", "York", "City"]
     tags = ["B-per", "B-per", "O", "B-loc", "I-loc", "I-loc"]
@@ -246,7 +246,7 @@ def test_the_most_likely_label_is_chosen_by_its_whole_text():
 
 def load_plain(tokenizer):
     """A tokenizer as `load_tokenizer` leaves one without a template, for a task's rows."""
-    from pyfinetune.train.tokenizing import _PLAIN_TEMPLATE
+    from pyfinetune.train.data.tokenizing import _PLAIN_TEMPLATE
 
     tokenizer.chat_template = _PLAIN_TEMPLATE
     return tokenizer
@@ -426,7 +426,7 @@ def test_the_command_prints_and_takes_json(run, monkeypatch, capsys, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyfinetune.train.evaluating.evaluate", interrupted)
+    monkeypatch.setattr("pyfinetune.train.evaluation.evaluating.evaluate", interrupted)
     assert call(monkeypatch, *given) == 130
 
 

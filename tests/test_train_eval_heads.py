@@ -12,9 +12,9 @@ from tiny_heads import people, preferences, questions, reviews, translations, wr
 from tiny_model import tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.compare_config import parse_compare
-from pyfinetune.train.comparison import compare
-from pyfinetune.train.evaluating import EvalRequest, evaluate
+from pyfinetune.train.comparing.comparison import compare
+from pyfinetune.train.comparing.config import parse_compare
+from pyfinetune.train.evaluation.evaluating import EvalRequest, evaluate
 from pyfinetune.train.run import train
 
 # PEFT asks transformers 5.23 for a property by its old name.

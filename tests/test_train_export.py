@@ -13,10 +13,10 @@ from tiny_model import make_tokenizer
 
 import pyfinetune as pf
 from pyfinetune.errors import NotProved, UserError
-from pyfinetune.train import export as exporting
-from pyfinetune.train import export_files
-from pyfinetune.train.export import Request, export
-from pyfinetune.train.export_quality import judge_quantized
+from pyfinetune.train.export import exporting
+from pyfinetune.train.export import files as export_files
+from pyfinetune.train.export.exporting import Request, export
+from pyfinetune.train.export.quality import judge_quantized
 from pyfinetune.train.saved import find_saved, load_saved
 
 pytestmark = pytest.mark.usefixtures("brief")

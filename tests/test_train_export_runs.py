@@ -20,8 +20,8 @@ from pyfinetune import cli
 from pyfinetune.errors import UserError
 from pyfinetune.train.chat import open_chat
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.export import Request, export
-from pyfinetune.train.heads import HEADS
+from pyfinetune.train.export.exporting import Request, export
+from pyfinetune.train.heads.kinds import HEADS
 from pyfinetune.train.run import train
 from pyfinetune.train.saved import find_saved, load_saved
 
@@ -239,7 +239,7 @@ def test_the_command_line_says_what_was_proved_and_how_to_use_it(adapter, tmp_pa
 
 
 def test_the_command_line_exits_1_when_it_is_not_the_model_and_2_for_a_mistake(adapter, tmp_path, monkeypatch, capsys):
-    from pyfinetune.train import export_files
+    from pyfinetune.train.export import files as export_files
 
     write = export_files.write_model
 
@@ -258,7 +258,7 @@ def test_the_command_line_exits_1_when_it_is_not_the_model_and_2_for_a_mistake(a
 
 
 def test_a_model_without_room_for_float64_is_proved_in_16_bit_only(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyfinetune.train.export_proof.double_fits", lambda model: False)
+    monkeypatch.setattr("pyfinetune.train.export.proof.double_fits", lambda model: False)
     with pytest.raises(UserError, match="no memory for a float64 copy"):
         export(Request(adapter, output_dir=str(tmp_path / "out"), device="cpu"))
     result = export(Request(adapter, output_dir=str(tmp_path / "out"), dtype="bfloat16", device="cpu"))

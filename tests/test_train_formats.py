@@ -10,10 +10,10 @@ from tiny_model import CHATML, END, make_tokenizer, tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.data import Row, load_aligned_rows, load_dataset_rows, load_labelled_rows, load_rows
-from pyfinetune.train.formats import to_examples
-from pyfinetune.train.reading import read_data
-from pyfinetune.train.tokenizing import load_tokenizer, tokenize
+from pyfinetune.train.data.files import Row, load_aligned_rows, load_dataset_rows, load_labelled_rows, load_rows
+from pyfinetune.train.data.formats import to_examples
+from pyfinetune.train.data.reading import read_data
+from pyfinetune.train.data.tokenizing import load_tokenizer, tokenize
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 

@@ -13,9 +13,9 @@ from export_cases import brief_fixture, save_adapter, save_base  # noqa: F401
 from tiny_model import make_tokenizer
 
 from pyfinetune.errors import NotProved, UserError
-from pyfinetune.train import gguf_export
-from pyfinetune.train.export import Request, export
-from pyfinetune.train.export_view import commands
+from pyfinetune.train.export import gguf_file as gguf_export
+from pyfinetune.train.export.exporting import Request, export
+from pyfinetune.train.export.view import commands
 
 gguf = pytest.importorskip("gguf")
 

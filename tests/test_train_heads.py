@@ -15,13 +15,13 @@ from tiny_model import save_tiny, tiny_fixture  # noqa: F401
 import pyfinetune.train.loop as loop
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import load_config, parse_config
-from pyfinetune.train.head_loop import head_loss, trainer_parts
-from pyfinetune.train.head_model import load_with_head
-from pyfinetune.train.head_rows import head_part, tokenizer_for
-from pyfinetune.train.head_scores import predictions_of
-from pyfinetune.train.heads import choose_head
-from pyfinetune.train.preflight import examine
-from pyfinetune.train.reading import prepare_rows, read_data
+from pyfinetune.train.data.reading import prepare_rows, read_data
+from pyfinetune.train.heads.kinds import choose_head
+from pyfinetune.train.heads.loop import head_loss, trainer_parts
+from pyfinetune.train.heads.model import load_with_head
+from pyfinetune.train.heads.rows import head_part, tokenizer_for
+from pyfinetune.train.heads.scores import predictions_of
+from pyfinetune.train.preflight.checks import examine
 from pyfinetune.train.run import prepare_model, train
 from pyfinetune.train.starter import starter_yaml
 
@@ -350,7 +350,7 @@ def test_a_head_of_other_labels_is_made_anew_and_one_of_the_same_goes_on(encoder
 
 
 def test_plan_refuses_what_it_cannot_predict(encoder, tiny, tmp_path):
-    from pyfinetune.train.forecast import forecast
+    from pyfinetune.train.planning.forecast import forecast
 
     data = write_rows(tmp_path / "rows.jsonl", reviews())
     for model, change in ((encoder, {}), (tiny, {"head": "sequence_classification"})):

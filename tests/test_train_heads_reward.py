@@ -15,14 +15,14 @@ from tiny_model import CHATML, save_tiny, tiny_fixture  # noqa: F401
 
 import pyfinetune.train.loop as loop
 from pyfinetune.errors import UserError
-from pyfinetune.train.head_loop import arguments_kind, trainer_parts
-from pyfinetune.train.head_rows import tokenizer_for
-from pyfinetune.train.head_scores import rewards_of
-from pyfinetune.train.heads import HEADS, choose_head
-from pyfinetune.train.preflight import examine
-from pyfinetune.train.reading import prepare_rows, read_data
+from pyfinetune.train.data.reading import prepare_rows, read_data
+from pyfinetune.train.data.tokenizing import load_tokenizer
+from pyfinetune.train.heads.kinds import HEADS, choose_head
+from pyfinetune.train.heads.loop import arguments_kind, trainer_parts
+from pyfinetune.train.heads.rows import tokenizer_for
+from pyfinetune.train.heads.scores import rewards_of
+from pyfinetune.train.preflight.checks import examine
 from pyfinetune.train.run import prepare_model, train
-from pyfinetune.train.tokenizing import load_tokenizer
 
 
 def test_a_run_prefers_the_better_answers_and_saves_what_peft_loads(tiny, tmp_path):
@@ -135,7 +135,7 @@ def test_pairs_that_are_too_long_are_left_out_and_said(encoder, tmp_path):
 
 def test_without_trl_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "pyfinetune.train.reward_loop", raising=False)
+    monkeypatch.delitem(sys.modules, "pyfinetune.train.heads.reward_loop", raising=False)
     with pytest.raises(UserError, match="head: reward needs trl") as caught:
         arguments_kind(HEADS["reward"])
     assert caught.value.fix == "pip install 'pyfinetune[sft]'"

@@ -30,15 +30,15 @@ from tiny_heads import (
 )
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.encoders import IGNORED, MaskedRows, Part, masked_rows, word_rows
-from pyfinetune.train.formats import Example
-from pyfinetune.train.head_rows import head_part
-from pyfinetune.train.head_scores import floor_of, frequency_floor, predictions_of
-from pyfinetune.train.heads import HEADS, choose_head, choose_labels, may_be_unanswered
-from pyfinetune.train.preflight import examine
-from pyfinetune.train.reading import prepare_rows, read_data
+from pyfinetune.train.data.formats import Example
+from pyfinetune.train.data.reading import prepare_rows, read_data
+from pyfinetune.train.heads.encoders import IGNORED, MaskedRows, Part, masked_rows, word_rows
+from pyfinetune.train.heads.kinds import HEADS, choose_head, choose_labels, may_be_unanswered
+from pyfinetune.train.heads.rows import head_part
+from pyfinetune.train.heads.scores import floor_of, frequency_floor, predictions_of
+from pyfinetune.train.heads.spans import best_spans, find_answer, span_rows
+from pyfinetune.train.preflight.checks import examine
 from pyfinetune.train.run import train
-from pyfinetune.train.spans import best_spans, find_answer, span_rows
 
 
 def named(format: str, **fields) -> Example:
@@ -156,7 +156,7 @@ def held_out_loss(config, model) -> float:
     from transformers import AutoTokenizer
 
     from pyfinetune.train import loop
-    from pyfinetune.train.head_loop import trainer_parts
+    from pyfinetune.train.heads.loop import trainer_parts
 
     config = config.model_copy(update={"trainer": {"per_device_eval_batch_size": 3}})
     data = read_data(config, unanswered=may_be_unanswered(config))
@@ -267,7 +267,7 @@ class TestWriting:
         assert held_out_loss(config, model) == pytest.approx(result.eval_loss, rel=1e-5)
 
     def test_a_task_is_asked_and_a_chat_of_several_answers_is_refused(self, encoder_decoder, tmp_path):
-        from pyfinetune.train.sequences import source_and_target
+        from pyfinetune.train.heads.sequences import source_and_target
 
         data = read_data(
             settings(encoder_decoder, write_rows(tmp_path / "a.jsonl", reviews(4)), tmp_path, test_size=None)

@@ -11,9 +11,9 @@ from tiny_model import make_model, make_tokenizer
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import parse_config
+from pyfinetune.train.data.packing import collate, one_a_row
+from pyfinetune.train.data.tokenizing import Document
 from pyfinetune.train.loop import build_trainer, total_steps, training_arguments
-from pyfinetune.train.packing import collate, one_a_row
-from pyfinetune.train.tokenizing import Document
 
 
 def config(tmp_path, **change):

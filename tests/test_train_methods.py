@@ -16,16 +16,16 @@ from tiny_model import save_tiny, tiny_fixture  # noqa: F401
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train.answers import answer
-from pyfinetune.train.card import model_card
 from pyfinetune.train.config import parse_config
+from pyfinetune.train.data.tokenizing import Document, load_tokenizer
 from pyfinetune.train.loop import build_trainer, training_arguments
 from pyfinetune.train.methods import has_virtual_tokens
 from pyfinetune.train.model import load_model
-from pyfinetune.train.planning import settings_of
-from pyfinetune.train.preflight import examine
+from pyfinetune.train.planning.step import settings_of
+from pyfinetune.train.preflight.checks import examine
+from pyfinetune.train.report.answers import answer
+from pyfinetune.train.report.card import model_card
 from pyfinetune.train.run import prepare_model, prepare_rows, read_data, train
-from pyfinetune.train.tokenizing import Document, load_tokenizer
 
 # PEFT asks transformers 5.23 for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pyfinetune.errors import InvalidInput, UserError
-from pyfinetune.train import row_statistics
-from pyfinetune.train.metrics import (
+from pyfinetune.train.evaluation import row_statistics
+from pyfinetune.train.evaluation.metrics import (
     METRICS,
     Score,
     loss_difference,
@@ -20,7 +20,7 @@ from pyfinetune.train.metrics import (
     score_difference,
     score_slices,
 )
-from pyfinetune.train.row_statistics import as_label, normalized_answer, spans_of
+from pyfinetune.train.evaluation.row_statistics import as_label, normalized_answer, spans_of
 
 WORDS = [
     "the",
@@ -237,7 +237,7 @@ def test_intervals_are_seeded_and_the_chunks_do_not_show(monkeypatch):
     first = score("summarization", said, right, seed=1, resamples=100)
     assert score("summarization", said, right, seed=1, resamples=100) == first
     assert score("summarization", said, right, seed=2, resamples=100) != first
-    monkeypatch.setattr("pyfinetune.train.metrics._CELLS", 60 * 7)
+    monkeypatch.setattr("pyfinetune.train.evaluation.metrics._CELLS", 60 * 7)
     assert score("summarization", said, right, seed=1, resamples=100) == first
 
 

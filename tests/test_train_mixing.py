@@ -9,9 +9,9 @@ import pytest
 
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.mixing import interleave, replay_count, shares
-from pyfinetune.train.reading import read_data
-from pyfinetune.train.splits import split_rows
+from pyfinetune.train.data.mixing import interleave, replay_count, shares
+from pyfinetune.train.data.reading import read_data
+from pyfinetune.train.data.splits import split_rows
 
 
 def write(path, count: int, tag: str, **more) -> str:

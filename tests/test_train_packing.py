@@ -9,9 +9,9 @@ from tiny_model import make_model
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
+from pyfinetune.train.data.packing import RowDataset, check_isolation, collate, is_flat, one_a_row, pack
+from pyfinetune.train.data.tokenizing import Document
 from pyfinetune.train.model import add_adapters
-from pyfinetune.train.packing import RowDataset, check_isolation, collate, is_flat, one_a_row, pack
-from pyfinetune.train.tokenizing import Document
 
 
 def document(length: int, seed: int = 0, vocab: int = 400) -> Document:

@@ -12,8 +12,8 @@ from tiny_model import CHATML, make_tokenizer, save_tiny, tiny_fixture  # noqa: 
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.preflight import Preflight, examine, examine_file
-from pyfinetune.train.preflight_view import show
+from pyfinetune.train.preflight.checks import Preflight, examine, examine_file
+from pyfinetune.train.preflight.view import show
 from pyfinetune.train.run import train
 
 NEW = [{"prompt": "x", "completion": "y"}, {"prompt": "z", "completion": "y"}]

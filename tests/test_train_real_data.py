@@ -9,8 +9,8 @@ import pytest
 from tiny_model import save_tiny, tiny_fixture  # noqa: F401
 
 from pyfinetune.train.config import parse_config
-from pyfinetune.train.preflight import examine
-from pyfinetune.train.reading import read_data
+from pyfinetune.train.data.reading import read_data
+from pyfinetune.train.preflight.checks import examine
 
 FOLDER = Path(os.environ.get("PYFINETUNE_TEST_DATA", ""))
 pytestmark = pytest.mark.skipif(not os.environ.get("PYFINETUNE_TEST_DATA"), reason="PYFINETUNE_TEST_DATA is not set")

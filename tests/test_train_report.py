@@ -17,9 +17,10 @@ from tiny_model import save_tiny
 from typer.testing import CliRunner
 
 from pyfinetune.errors import UserError
-from pyfinetune.train import answers, curves, html_report, manifest
-from pyfinetune.train.card import model_card
+from pyfinetune.train import manifest
 from pyfinetune.train.config import parse_config
+from pyfinetune.train.report import answers, curves, html_report
+from pyfinetune.train.report.card import model_card
 from pyfinetune.train.run import train
 
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=console.error('owned')>"

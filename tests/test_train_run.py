@@ -19,9 +19,9 @@ from tiny_model import CHATML, save_tiny, tiny_fixture  # noqa: F401
 import pyfinetune as pf
 import pyfinetune.train.loop as loop
 from pyfinetune.errors import PyfinetuneError, UserError
-from pyfinetune.train.answers import read_samples
 from pyfinetune.train.checkpoints import CHECKSUMS, list_checkpoints, newest_complete
 from pyfinetune.train.config import config_digest, parse_config
+from pyfinetune.train.report.answers import read_samples
 from pyfinetune.train.run import train
 
 
@@ -92,8 +92,8 @@ def test_a_run_learns_and_saves_what_peft_and_transformers_load(tiny, sums, tmp_
 
 def held_out_loss(model, config) -> float:
     """Held-out loss of a model on a run's held-out rows."""
+    from pyfinetune.train.data.tokenizing import load_tokenizer
     from pyfinetune.train.run import prepare_rows, read_data
-    from pyfinetune.train.tokenizing import load_tokenizer
 
     data = read_data(config)
     tokenizer = load_tokenizer(config.model_name_or_path, data_format=data.format)

@@ -10,7 +10,7 @@ from tiny_model import CHATML, save_tiny, tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import load_config, parse_config
-from pyfinetune.train.preflight import examine_file
+from pyfinetune.train.preflight.checks import examine_file
 from pyfinetune.train.run import train
 from pyfinetune.train.starter import starter_yaml
 

@@ -7,9 +7,9 @@ import pytest
 from tiny_model import CHATML, END, make_tokenizer, save_tiny, tiny_fixture  # noqa: F401
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.data import Row
-from pyfinetune.train.formats import to_examples
-from pyfinetune.train.tokenizing import load_tokenizer, tokenize
+from pyfinetune.train.data.files import Row
+from pyfinetune.train.data.formats import to_examples
+from pyfinetune.train.data.tokenizing import load_tokenizer, tokenize
 
 LONG = 512
 # Drops every answer but the last, as templates of reasoning models drop earlier reasoning.

@@ -27,7 +27,7 @@ import pyfinetune as pf
 from pyfinetune.demo import base, compare, docstrings, stages
 from pyfinetune.demo.screen import Screen, loading_lines, verdict
 from pyfinetune.demo.settings import MARK, Clock, Settings, check
-from pyfinetune.train import answers
+from pyfinetune.train.report import answers
 
 _HELD_OUT = 0.1
 _LONGEST_HELD_OUT_SET = 400  # rows of a given file
@@ -163,7 +163,7 @@ def _given_data(settings: Settings) -> Any:
         return None
     from pyfinetune.train import run
     from pyfinetune.train.config import parse_config
-    from pyfinetune.train.splits import split_rows
+    from pyfinetune.train.data.splits import split_rows
 
     values = {"model_name_or_path": settings.base, "train_file": settings.data, "output_dir": settings.output_dir}
     data = run.read_data(parse_config(values, source="demo"))

@@ -14,7 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from pyfinetune.demo.compare import Comparison
     from pyfinetune.demo.stages import Outcome
-    from pyfinetune.train.answers import Sample
+    from pyfinetune.train.report.answers import Sample
 
 _WIDTH = 100
 

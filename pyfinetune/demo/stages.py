@@ -100,8 +100,8 @@ def prepare(values: dict[str, Any], *, bf16: bool = False, optimizer: Any = None
     """
     from pyfinetune.train import run
     from pyfinetune.train.config import parse_config
+    from pyfinetune.train.data.tokenizing import load_tokenizer
     from pyfinetune.train.model import choose_device
-    from pyfinetune.train.tokenizing import load_tokenizer
 
     config = parse_config(values, source="demo")
     data = run.read_data(config)
@@ -127,7 +127,7 @@ def step_seconds(stage: Stage, batch_rows: int) -> float:
         >>> step_seconds(stage, 4)  # doctest: +SKIP
         0.31
     """
-    from pyfinetune.train.packing import collate
+    from pyfinetune.train.data.packing import collate
 
     model, device = stage.model, next(stage.model.parameters()).device
     optimizer = None

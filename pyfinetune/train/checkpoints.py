@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.data import hash_files
+from pyfinetune.train.data.files import hash_files
 
 CHECKSUMS = "checksums.json"
 SAVING = ".saving"  # where a checkpoint is while it is being written

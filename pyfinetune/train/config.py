@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.checked_yaml import nearest, read_yaml, value_error
+from pyfinetune.train.data.sources import CleanKind, Files, Replay, Source, WeightedSource
 from pyfinetune.train.search_space import HpoSection, Range, with_values
-from pyfinetune.train.sources import CleanKind, Files, Replay, Source, WeightedSource
 
 Method = Literal["lora", "rslora", "dora", "qlora", "full", "prompt_tuning", "prefix_tuning", "ia3", "adaption_prompt"]
 LORA_METHODS = ("lora", "rslora", "dora", "qlora")

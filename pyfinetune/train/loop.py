@@ -22,8 +22,8 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from pyfinetune.errors import PyfinetuneError, UserError
 from pyfinetune.train import checkpoints
 from pyfinetune.train.config import RunConfig
+from pyfinetune.train.data.packing import IGNORED, RowDataset, collate, is_flat
 from pyfinetune.train.methods import before_training, has_virtual_tokens
-from pyfinetune.train.packing import IGNORED, RowDataset, collate, is_flat
 from pyfinetune.train.processes import batch_of, fill_up, share_on_cpu
 from pyfinetune.train.schedules import layerwise_groups
 

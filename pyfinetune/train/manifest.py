@@ -19,7 +19,7 @@ import torch
 import pyfinetune as pf
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, config_digest
-from pyfinetune.train.data import hash_files
+from pyfinetune.train.data.files import hash_files
 from pyfinetune.train.processes import Batch, batch_of, world_size
 
 _PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")

@@ -21,16 +21,18 @@ from rich.console import Console
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train import card, checkpoints, manifest, preflight, processes, results
+from pyfinetune.train import checkpoints, manifest, processes
 from pyfinetune.train.config import RunConfig, config_digest
-from pyfinetune.train.head_model import load_with_head, widen_trainable
-from pyfinetune.train.head_rows import tokenizer_for
-from pyfinetune.train.heads import HEADS, Head, choose_head, may_be_unanswered
+from pyfinetune.train.data.packing import check_isolation, is_flat
+from pyfinetune.train.data.reading import Data, Rows, prepare_rows, read_data
+from pyfinetune.train.heads.kinds import HEADS, Head, choose_head, may_be_unanswered
+from pyfinetune.train.heads.model import load_with_head, widen_trainable
+from pyfinetune.train.heads.rows import tokenizer_for
 from pyfinetune.train.methods import add_method
 from pyfinetune.train.model import check_length, choose_device, load_model
-from pyfinetune.train.packing import check_isolation, is_flat
-from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
-from pyfinetune.train.report import rows_lines
+from pyfinetune.train.preflight import checks as preflight
+from pyfinetune.train.report import card, results
+from pyfinetune.train.report.lines import rows_lines
 
 
 @dataclass
@@ -231,7 +233,7 @@ def _fit(
     callbacks: Sequence[Any],
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
-    from pyfinetune.train.head_loop import arguments_kind
+    from pyfinetune.train.heads.loop import arguments_kind
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
     from pyfinetune.train.schedules import schedules_of
 
@@ -362,7 +364,7 @@ def _parts(config: RunConfig, rows: Rows, tokenizer: Any, model: Any) -> tuple[d
     """What the trainer is given of the rows, and callbacks that they need."""
     if rows.head.kind == "causal_lm":
         return {"train_rows": rows.train, "eval_rows": rows.held_out}, []
-    from pyfinetune.train.head_loop import trainer_parts
+    from pyfinetune.train.heads.loop import trainer_parts
 
     parts = trainer_parts(rows.head, rows, tokenizer, model, config)
     return parts, parts.pop("callbacks")
@@ -390,7 +392,7 @@ def _scored(
     say: Callable[[str], None],
 ) -> TrainResult:
     """The result with its metrics; a run is not lost for want of a package that only they need."""
-    from pyfinetune.train.head_scores import scores_of_run
+    from pyfinetune.train.heads.scores import scores_of_run
 
     if trainer.is_fsdp_enabled:
         say("no metrics: the weights are spread over the processes; pyfinetune eval scores the saved model")

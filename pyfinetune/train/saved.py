@@ -20,8 +20,8 @@ import torch
 import pyfinetune as pf
 from pyfinetune.errors import InvalidInput, UserError
 from pyfinetune.hf.loading import take_quantization
-from pyfinetune.train.data import hash_files
-from pyfinetune.train.heads import HEADS
+from pyfinetune.train.data.files import hash_files
+from pyfinetune.train.heads.kinds import HEADS
 from pyfinetune.train.manifest import read_manifest
 
 ADAPTER, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "export.json"

@@ -12,12 +12,12 @@ import yaml
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, parse_config
-from pyfinetune.train.head_rows import tokenizer_for
-from pyfinetune.train.heads import Head, choose_head, may_be_unanswered
+from pyfinetune.train.data.reading import prepare_rows, read_data
+from pyfinetune.train.data.sources import Task
+from pyfinetune.train.data.tokenizing import load_tokenizer, tokenize
+from pyfinetune.train.heads.kinds import Head, choose_head, may_be_unanswered
+from pyfinetune.train.heads.rows import tokenizer_for
 from pyfinetune.train.model import check_length, choose_device, read_config
-from pyfinetune.train.reading import prepare_rows, read_data
-from pyfinetune.train.sources import Task
-from pyfinetune.train.tokenizing import load_tokenizer, tokenize
 
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DATASET = "yahma/alpaca-cleaned"

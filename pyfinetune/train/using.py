@@ -15,11 +15,11 @@ import torch
 from pyfinetune.errors import UserError
 from pyfinetune.train import manifest
 from pyfinetune.train.config import RunConfig
-from pyfinetune.train.data import hash_files
+from pyfinetune.train.data.files import hash_files
+from pyfinetune.train.data.tokenizing import load_tokenizer
 from pyfinetune.train.model import load_model, read_config
 from pyfinetune.train.repeat import load_repeat
 from pyfinetune.train.saved import find_saved, load_saved
-from pyfinetune.train.tokenizing import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Files into rows of tokens: sources, formats, tasks, cleaning, splits, mixing, tokens, packing."""

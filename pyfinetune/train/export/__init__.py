@@ -1,0 +1,1 @@
+"""A trained model in the form it is used in, proved equal to what was trained."""

@@ -1,0 +1,1 @@
+"""Models with a head of their own: their rows, their loop and their predictions."""

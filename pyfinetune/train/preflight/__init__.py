@@ -1,0 +1,1 @@
+"""The mistakes that spoil a run, found before its first step."""

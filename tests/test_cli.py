@@ -100,7 +100,11 @@ def broken(name: str, folder, tiny: str) -> tuple[str, str, str]:
     if name == "unknown key":
         return write_run(folder, tiny, lora_rank=8), "unknown key 'lora_rank'", "did you mean lora_r"
     if name == "unknown method":
-        return write_run(folder, tiny, method="galore"), "method: 'galore' is not available", "lora, qlora, full"
+        return (
+            write_run(folder, tiny, method="galore"),
+            "method: 'galore' is not available",
+            "lora, rslora, dora, qlora, full",
+        )
     if name == "unknown training argument":
         path = write_run(folder, tiny, trainer={"learning_rte": 1})
         return path, "trainer: learning_rte", "did you mean learning_rate"

@@ -195,7 +195,7 @@ class TestTheSearch:
 
     def test_several_processes_are_refused(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UserError, match="one process searches"):
+        with pytest.raises(UserError, match="a search runs in one process"):
             search(parse_config(values(tmp_path / "out")))
 
 

@@ -116,7 +116,6 @@ def _call(loss_of, hidden, weight, labels):
 
 def _case(
     sizes: tuple[int, int, int],
-    target: Target | None = None,
     dtype: torch.dtype = torch.bfloat16,
     ignored: float = 0.0,
     trains: bool = False,
@@ -132,7 +131,6 @@ def _case(
         flops=2.0 * (3 if trains else 2) * kept * width * vocab,
         dtype=dtype,
         bytes=float(vocab * width * dtype.itemsize * (2 if trains else 1)),
-        target=target,
         **more,
     )
 
@@ -149,8 +147,8 @@ def cases(quick: bool = False) -> list[Case]:
         ]
     sizes = (1024, 576, 49152)
     return [
-        _case(sizes, Target(1.9, 1.2), compiled=True),
-        _case(sizes, Target(4.5, 2.8), ignored=0.6),
+        _case(sizes, targets={EAGER: Target(1.9, 1.2)}, compiled=True),
+        _case(sizes, targets={EAGER: Target(4.5, 2.8)}, ignored=0.6),
         _case(sizes, trains=True),
         _case(sizes, dtype=torch.float32),
     ]

@@ -58,7 +58,6 @@ def _build(
 
 def _case(
     shape,
-    target=None,
     *,
     dtype=torch.bfloat16,
     trained=False,
@@ -77,7 +76,6 @@ def _case(
         functools.partial(_build, shape=shape, dtype=dtype, trained=trained, residual=residual, backward=backward),
         dtype=dtype,
         bytes=float(dtype.itemsize * passes * math.prod(shape)),
-        target=target,
         **more,
     )
 
@@ -86,7 +84,7 @@ def cases(quick: bool = False) -> list[Case]:
     """The rows of the table; `quick` is smaller, and without targets, which are stated for the full shapes."""
     shape, heads = ((64, 512), (1, 32, 4, 64)) if quick else ((1024, 4096), (2, 512, 32, 128))
     return [
-        _case(shape, None if quick else Target(8.0, 8.0), compiled=True),
+        _case(shape, targets={} if quick else {HUGGING_FACE: Target(8.0, 8.0)}, compiled=True),
         _case(shape, trained=True, note=", weight trained"),
         _case(shape, residual=True, note=", with residual"),
         _case(heads, note=", heads"),

@@ -39,9 +39,14 @@ def _row_cells(row: dict[str, Any], name: str) -> list[str]:
         _number(result.get("tokens_per_second"), ".0f"),
         _number(ratio, ".2f"),
         _NONE if not milliseconds else f"{row['floor_ms'] / milliseconds:.0%}",
-        _number(result.get("peak_mb"), ".0f"),
+        _number(result.get("peak_mb"), ".0f") + _planned(result),
         note,
     ]
+
+
+def _planned(result: dict[str, Any]) -> str:
+    """What the peak was predicted to be, where it was."""
+    return f" ({result['planned_mb']:.0f} planned)" if "planned_mb" in result else ""
 
 
 def _bench_rows(result: dict[str, Any]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -271,6 +272,30 @@ def _memory_peaks(device: torch.device) -> dict[str, float]:
     return {"peak_mb": allocated / 2**20, "reserved_mb": reserved / 2**20}
 
 
+def planned_mb(size: str, documents: int, length: int, device: torch.device) -> dict[str, Any]:
+    """What `pf.plan` says that the tensors of such a step take, in megabytes, before there is a model.
+
+    Args:
+        size: of the model, a key of `SIZES`.
+        documents, length: the packed tokens of the step.
+        device: where the step will run.
+    """
+    from pyfinetune.train.planning import Settings, step_plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        _llama_config(size).save_pretrained(folder)
+        settings = Settings(
+            *(folder, "qlora", torch.bfloat16, None, device.type),
+            batch_size=1,
+            length=documents * length,
+            documents=documents,
+            checkpointing=True,
+            r=RANK,
+            clip=0.0,
+        )
+        return {"planned_mb": step_plan(settings).peak / 2**20}
+
+
 @dataclass(frozen=True)
 class CappedStep:
     """Whether a step runs where a card of some size would have to do.
@@ -308,7 +333,7 @@ class CappedStep:
                 result = self._trained(device)
             except torch.OutOfMemoryError as error:
                 result = {"ok": False, "out_of_memory": True, "detail": " ".join(str(error).split())[:300]}
-            result |= _memory_peaks(device)
+            result |= _memory_peaks(device) | planned_mb(self.size, self.documents, self.length, device)
         row = {"op": self.op, "case": self.name, "goal": "runs", "bound": None, "floor_ms": None}
         return row | {"missing": {}, "ran_on": [], "results": {OURS: result}}
 

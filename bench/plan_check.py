@@ -53,7 +53,7 @@ class Configuration:
 
     Args:
         shape: a key of the table of model shapes.
-        method: `lora`, `qlora` or `full`.
+        method: `lora`, `dora`, `qlora` or `full`.
         dtype: of the weights.
         batch_size, length: rows of a batch, and tokens in each.
         documents: documents packed into each row.
@@ -61,6 +61,7 @@ class Configuration:
         patch: whether the kernels are swapped in.
         accumulation: batches of one step.
         dropout: of the adapters.
+        dora: whether the adapters are DoRA's.
     """
 
     shape: str
@@ -73,6 +74,7 @@ class Configuration:
     patch: bool = True
     accumulation: int = 1
     dropout: float = 0.0
+    dora: bool = False
 
     def __str__(self) -> str:
         words = [self.shape, self.method, {"bfloat16": "bf16", "float32": "fp32"}[self.dtype]]
@@ -83,6 +85,7 @@ class Configuration:
         words += [] if self.patch else ["unpatched"]
         words += [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
         words += [f"dropout {self.dropout}"] if self.dropout else []
+        words += ["with DoRA"] if self.dora else []
         return ", ".join(words)
 
 
@@ -137,6 +140,7 @@ def run_config(configuration: Configuration, model: str, output_dir: str) -> Any
             "packing": configuration.documents > 1,
             "patch": configuration.patch,
             "lora_dropout": configuration.dropout,
+            "use_dora": configuration.dora,
             "trainer": {
                 "max_steps": _STEPS,
                 "per_device_train_batch_size": configuration.batch_size,
@@ -164,7 +168,8 @@ def _trainer(configuration: Configuration, model_folder: str, output_dir: str) -
 
     import pyfinetune as pf
     from pyfinetune.train.loop import build_trainer, training_arguments
-    from pyfinetune.train.model import add_adapters, read_config
+    from pyfinetune.train.methods import add_method
+    from pyfinetune.train.model import read_config
     from pyfinetune.train.tokenizing import Document
 
     run = run_config(configuration, model_folder, output_dir)
@@ -173,8 +178,7 @@ def _trainer(configuration: Configuration, model_folder: str, output_dir: str) -
     model.config.use_cache = False
     if run.method == "qlora":
         pf.quantize(model)
-    if run.method != "full":
-        model = add_adapters(model, r=run.lora_r, dropout=run.lora_dropout, target_modules=run.target_modules)
+    model = add_method(model, run)
     if run.patch:
         pf.patch(model)
     length = configuration.length // configuration.documents

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,11 +53,21 @@ _WGMMA = {
 }
 # tcgen05 (100): the same, and sums are in a memory of their own; what the forward makes of scores needs the registers.
 _TCGEN05 = _WGMMA | {"fwd": {64: [(128, 64, 4, 3)], 128: [(128, 64, 8, 3)], 256: [(128, 32, 8, 2)]}}
+# What only a measurement can prefer: taller tiles read less, smaller ones leave room for more of them at a time.
+_OTHER_MMA = {
+    "fwd": {64: [(128, 64, 8, 3)], 128: [(64, 64, 4, 2)]},
+    "dq": {64: [(128, 64, 8, 2), (64, 32, 4, 2)], 128: [(64, 32, 4, 2)]},
+    "dkv": {64: [(32, 128, 8, 2)], 128: [(32, 64, 4, 2)]},
+}
+_OTHER_WGMMA = {
+    "fwd": {64: [(128, 128, 8, 2), (128, 64, 8, 3)], 128: [(128, 64, 8, 3), (64, 128, 4, 2)]},
+    "dq": {64: [(128, 64, 8, 2), (64, 128, 4, 2)], 128: [(64, 64, 4, 2)]},
+    "dkv": {64: [(64, 64, 4, 2), (128, 128, 8, 2)], 128: [(64, 64, 4, 2)]},
+}
 # float32 has no tensor cores at full precision: its products are plain multiply-adds out of registers.
 _FLOAT32 = {64: [(32, 32, 8, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]}
 # Small enough for the interpreter to meet boundaries in small inputs, and not square.
-_INTERPRETED = [(64, 32, 4, 2)]
-_SMALLEST = (16, 16, 4, 1)
+_INTERPRETED, _OTHER_INTERPRETED = [(64, 32, 4, 2)], [(32, 64, 4, 2)]
 
 
 @functools.cache
@@ -71,16 +81,18 @@ def configs(kernel: str, capability: int, dim: int, dim_v: int, itemsize: int, c
         itemsize: bytes of an element.
         crowded: whether the kernel does more than the plain causal one, and needs more registers.
     """
-    size = max(64, dim, dim_v)
+    size, others = max(64, dim, dim_v), []
     if capability == INTERPRETER:
-        sizes = _INTERPRETED
+        sizes, others = _INTERPRETED, _OTHER_INTERPRETED
     elif itemsize == 4:
         sizes = _FLOAT32[size]
     else:
         sizes = _tensor_cores(capability)[kernel][size]
+        others = (_OTHER_MMA if _tensor_cores(capability) is _MMA else _OTHER_WGMMA)[kernel].get(size, [])
     tighter = crowded + (capability >= 120 and kernel == "dkv")  # compiled for sm_120 the plain one spills, too
-    chosen = sizes[min(tighter, len(sizes) - 1)]
-    return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in (chosen, _SMALLEST)]
+    first = min(tighter, len(sizes) - 1)
+    found = [*sizes[first:], *([] if tighter else others)]
+    return [_config(kernel, capability, *each, dim, dim_v, itemsize) for each in dict.fromkeys(found)]
 
 
 def _tensor_cores(capability: int) -> dict:
@@ -115,6 +127,7 @@ def _candidates(kernel: str, capability: int, itemsize: int, dim: int, dim_v: in
     return configs(kernel, capability, dim, dim_v, itemsize, bool(crowded))
 
 
+_Launch = Callable[[Config], None]
 _FIELDS = ("itemsize", "dim", "dim_v", "crowded")
 _FAMILIES = {
     kernel: Family(f"varlen_attn_{kernel}", _FIELDS, functools.partial(_candidates, kernel)) for kernel in _MMA
@@ -126,12 +139,11 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _config_for(kernel: str, q: torch.Tensor, constants: dict[str, Any]) -> Config:
-    return _chosen(kernel, capability_of(q), q.element_size(), constants)
-
-
-def _chosen(kernel: str, capability: int, itemsize: int, constants: dict[str, Any]) -> Config:
-    return _FAMILIES[kernel].choose(capability, *_class(itemsize, constants))
+def _config_for(
+    kernel: str, q: torch.Tensor, constants: dict[str, Any], launch: Callable[[Config], None] | None
+) -> Config:
+    of_class = _class(q.element_size(), constants)
+    return _FAMILIES[kernel].choose(capability_of(q), *of_class, launch=launch)
 
 
 def _shared_config(kernel: str, config: Config, constants: dict[str, Any]) -> Config:
@@ -143,6 +155,11 @@ def _shared_config(kernel: str, config: Config, constants: dict[str, Any]) -> Co
     sums = tile * size * (2 if kernel == "dkv" else 1)
     blocks = {"TILE": tile, "STEP": min(config.blocks[other], 32 if sums <= 4096 else 16)}
     return Config(blocks, 8 if kernel == "dkv" else 4, 1, config.shared_bytes)
+
+
+def _blocks_of(kernel: str, config: Config, shared_config: Config) -> tuple[int, int]:
+    """Rows of a tile that a document has for itself, and of a shared one."""
+    return config.blocks["BLOCK_N" if kernel == "dkv" else "BLOCK_M"], shared_config.blocks["TILE"]
 
 
 def _shared_constants(constants: dict[str, Any]) -> dict[str, Any]:
@@ -245,19 +262,22 @@ def varlen_attn(
         causal, scale, left, right, softcap: as the op has them.
     """
     scalars, constants = _options(q, k, v, causal, scale, left, right, softcap)
-    config = _config_for("fwd", q, constants)
-    shared_config = _shared_config("fwd", config, constants)
-    blocks = [(config.blocks["BLOCK_M"], shared_config.blocks["TILE"])]
-    (tiles,) = _list_tiles(cu_seqlens_q, cu_seqlens_k, (q.shape[0], k.shape[0]), blocks, scalars[2:])
-    own, shared = tiles.slots()
-    tensors = q, k, v, out, lse
+    tensors, totals = (q, k, v, out, lse), (q.shape[0], k.shape[0])
     sizes = *_strides(q, k, v), out.stride(0), q.shape[0]
-    _varlen_attn_fwd_kernel[(own, q.shape[1])](
-        *tensors, tiles.fields, *sizes, *scalars, **constants, **config.options()
-    )
-    _varlen_attn_fwd_shared_kernel[(shared, q.shape[1])](
-        *tensors, tiles.members, *sizes, *scalars[:2], **_shared_constants(constants), **shared_config.options()
-    )
+
+    def launch(config: Config) -> None:
+        shared_config = _shared_config("fwd", config, constants)
+        blocks = [_blocks_of("fwd", config, shared_config)]
+        (tiles,) = _list_tiles(cu_seqlens_q, cu_seqlens_k, totals, blocks, scalars[2:])
+        own, shared = tiles.slots()
+        _varlen_attn_fwd_kernel[(own, q.shape[1])](
+            *tensors, tiles.fields, *sizes, *scalars, **constants, **config.options()
+        )
+        _varlen_attn_fwd_shared_kernel[(shared, q.shape[1])](
+            *tensors, tiles.members, *sizes, *scalars[:2], **_shared_constants(constants), **shared_config.options()
+        )
+
+    launch(_config_for("fwd", q, constants, launch))
 
 
 def varlen_attn_bwd(
@@ -285,42 +305,54 @@ def varlen_attn_bwd(
         dq, dk, dv: contiguous, in the shapes of q, k, v.
         The others: see `varlen_attn`.
     """
-    total_q, num_heads, _ = q.shape
     scalars, constants = _options(q, k, v, causal, scale, left, right, softcap)
-    dq_config, dkv_config = _config_for("dq", q, constants), _config_for("dkv", q, constants)
-    dq_shared, dkv_shared = _shared_config("dq", dq_config, constants), _shared_config("dkv", dkv_config, constants)
-    blocks = [
-        (dq_config.blocks["BLOCK_M"], dq_shared.blocks["TILE"]),
-        (dkv_config.blocks["BLOCK_N"], dkv_shared.blocks["TILE"]),
-    ]
-    tiles_q, tiles_k = _list_tiles(cu_seqlens_q, cu_seqlens_k, (total_q, k.shape[0]), blocks, scalars[2:])
-    strides = _strides(dout, q, k, v)
-    delta = lse
-    if dq is not None or dk is not None:
-        delta = torch.empty_like(lse)
+    totals, strides = (q.shape[0], k.shape[0]), _strides(dout, q, k, v)
+    need_dq, need_dkv = dq is not None or dk is not None, dk is not None or dv is not None
+    delta = torch.empty_like(lse) if need_dq else lse
+    if need_dq and dq is None:
         # dk needs delta, which comes with dq: asked for alone it gets the same bits so.
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
-        own, shared = tiles_q.slots()
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+    def queries(config: Config, tiles: Tiles) -> None:
+        shared_config, (own, shared) = _shared_config("dq", config, constants), tiles.slots()
         tensors = dout, q, k, v, out, lse, delta, dq
-        sizes = *strides, out.stride(0), dq.stride(0), total_q, scale
-        _varlen_attn_bwd_dq_kernel[(own, num_heads)](
-            *tensors, tiles_q.fields, *sizes, *scalars, **constants, **dq_config.options()
+        sizes = *strides, out.stride(0), dq.stride(0), q.shape[0], scale
+        _varlen_attn_bwd_dq_kernel[(own, q.shape[1])](
+            *tensors, tiles.fields, *sizes, *scalars, **constants, **config.options()
         )
-        _varlen_attn_bwd_dq_shared_kernel[(shared, num_heads)](
-            *tensors, tiles_q.members, *sizes, *scalars[:2], **_shared_constants(constants), **dq_shared.options()
+        _varlen_attn_bwd_dq_shared_kernel[(shared, q.shape[1])](
+            *tensors, tiles.members, *sizes, *scalars[:2], **_shared_constants(constants), **shared_config.options()
         )
-    if dk is None and dv is None:
-        return
-    own, shared = tiles_k.slots()
-    tensors = dout, q, k, v, lse, delta, k if dk is None else dk, v if dv is None else dv
-    sizes = *strides, k.shape[1] * k.shape[2], v.shape[1] * v.shape[2], total_q, scale
-    constants |= {"NEED_DK": dk is not None, "NEED_DV": dv is not None}
-    _varlen_attn_bwd_dkv_kernel[(own, k.shape[1])](
-        *tensors, tiles_k.fields, *sizes, *scalars, **constants, **dkv_config.options()
-    )
-    _varlen_attn_bwd_dkv_shared_kernel[(shared, k.shape[1])](
-        *tensors, tiles_k.members, *sizes, *scalars[:2], **_shared_constants(constants), **dkv_shared.options()
-    )
+
+    def keys(config: Config, tiles: Tiles) -> None:
+        shared_config, (own, shared) = _shared_config("dkv", config, constants), tiles.slots()
+        tensors = dout, q, k, v, lse, delta, k if dk is None else dk, v if dv is None else dv
+        sizes = *strides, k.shape[1] * k.shape[2], v.shape[1] * v.shape[2], q.shape[0], scale
+        known = constants | {"NEED_DK": dk is not None, "NEED_DV": dv is not None}
+        _varlen_attn_bwd_dkv_kernel[(own, k.shape[1])](
+            *tensors, tiles.fields, *sizes, *scalars, **known, **config.options()
+        )
+        _varlen_attn_bwd_dkv_shared_kernel[(shared, k.shape[1])](
+            *tensors, tiles.members, *sizes, *scalars[:2], **_shared_constants(known), **shared_config.options()
+        )
+
+    def listed(*chosen: tuple[str, Config]) -> list[Tiles]:
+        blocks = [_blocks_of(kernel, config, _shared_config(kernel, config, constants)) for kernel, config in chosen]
+        return _list_tiles(cu_seqlens_q, cu_seqlens_k, totals, blocks, scalars[2:])
+
+    def launch_dq(config: Config) -> None:
+        queries(config, listed(("dq", config))[0])
+
+    def launch_dkv(config: Config) -> None:
+        keys(config, listed(("dq", dq_config), ("dkv", config))[1])
+
+    dq_config = _config_for("dq", q, constants, launch_dq if need_dq else None)
+    dkv_config = _config_for("dkv", q, constants, launch_dkv if need_dkv else None)
+    tiles_q, tiles_k = listed(("dq", dq_config), ("dkv", dkv_config))
+    if need_dq:
+        queries(dq_config, tiles_q)
+    if need_dkv:
+        keys(dkv_config, tiles_k)
 
 
 def describe(capability: int, q, k, v, *options) -> list[str]:
@@ -365,19 +397,19 @@ def compilations(capability: int) -> Iterator[Compilation]:
             if kernel == "dkv":
                 constants |= {"NEED_DK": True, "NEED_DV": True}
             for element, itemsize in (("bf16", 2), ("fp32", 4)) if shape == "d64" else (("bf16", 2),):
-                config = _chosen(kernel, capability, itemsize, constants)
-                launches = (
-                    (kernel, own, constants, config),
-                    (
-                        f"{kernel} shared",
-                        shared,
-                        _shared_constants(constants),
-                        _shared_config(kernel, config, constants),
-                    ),
-                )
-                for kind, function, known, its in launches:
-                    name, signature = f"varlen_attn {kind} {shape} {element}", _signature(function, element)
-                    yield Compilation(name, function, signature, known, its, matmul=element != "fp32")
+                compiled: list[str] = []
+                for config, kind, alternative in _FAMILIES[kernel].instances(capability, *_class(itemsize, constants)):
+                    its = _shared_config(kernel, config, constants)
+                    launches = [(kernel, own, constants, config)]
+                    if str(its) not in compiled:
+                        compiled.append(str(its))
+                        launches.append((f"{kernel} shared", shared, _shared_constants(constants), its))
+                    for which, function, known, its in launches:
+                        name = f"varlen_attn {which} {shape} {element}{kind}"
+                        signature = _signature(function, element)
+                        yield Compilation(
+                            *(name, function, signature, known, its), matmul=element != "fp32", alternative=alternative
+                        )
 
 
 def _signature(function, element: str) -> dict[str, str]:

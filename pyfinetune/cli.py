@@ -10,8 +10,9 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -29,6 +30,10 @@ app = typer.Typer(
 
 # The script's own options are not ours to read.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+# Under a launcher of several processes the other commands run in the first one alone.
+_IN_EVERY_PROCESS = (["train"], ["run"])
+_PATIENCE = 10.0  # seconds
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -71,7 +76,7 @@ def train(
         typer.echo(f"stopped at once; go on from the last checkpoint with: {again}", err=True)
         raise typer.Exit(130) from None
     lines = [json.dumps(dataclasses.asdict(result))] if as_json else lines_of(result, again)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+    if _is_first():
         typer.echo("\n".join(lines))
     if result.interrupted:
         raise typer.Exit(130)
@@ -207,7 +212,7 @@ def demo(
 def plan(
     config: Annotated[str | None, typer.Argument(metavar="[RUN.YAML]", help="The run's configuration.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="A model's name or folder, without a file.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, qlora or full.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, rslora, dora, qlora or full.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of the adapters.")] = None,
@@ -388,19 +393,41 @@ def chat(
 def main() -> None:
     """Run the command line and turn a user's mistake into a message and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not _is_first() and sys.argv[1:2] not in _IN_EVERY_PROCESS:
+        return
     try:
         app()
     except (UserError, InvalidInput) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _fail(f"error: {error}", 2)
     except PyfinetuneError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _fail(f"error: {error}", 1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
-        typer.echo(f"error: this command needs {error.name}\n  fix: pip install 'pyfinetune[hf]'", err=True)
-        sys.exit(2)
+        _fail(f"error: this command needs {error.name}\n  fix: pip install 'pyfinetune[hf]'", 2)
+    except Exception:
+        _leave_the_word_to_the_first()
+        raise
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _leave_the_word_to_the_first() -> None:
+    """What fails in one process fails in all, or is waited for: the launcher ends the others when the first has ended.
+
+    Only what went wrong here alone is said here, after a while.
+    """
+    if not _is_first():
+        time.sleep(_PATIENCE)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _leave_the_word_to_the_first()
+    typer.echo(message, err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

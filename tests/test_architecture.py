@@ -38,6 +38,7 @@ FLOORS = {
     "pyfinetune.demo": 6,
     "pyfinetune.bench": 6,
     "pyfinetune.cli": 7,
+    "pyfinetune.__main__": 7,
 }
 # The package itself gives out the public names: its module-level imports are floor 3, and `import pyfinetune as pf` is
 # what everything from floor 4 up may write.

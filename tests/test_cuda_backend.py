@@ -15,7 +15,8 @@ from torch.utils.dlpack import from_dlpack
 import pyfinetune as pf
 from pyfinetune._native import packed_fields
 from pyfinetune.bench import gpu_nf4
-from pyfinetune.ops import _cuda, _lora_linear_cuda, _nf4_cuda, nf4
+from pyfinetune.ops import _cuda, _lora_linear_cuda, _lora_linear_triton, _nf4_cuda, nf4
+from pyfinetune.ops._lora_linear_cpu import Needs
 from pyfinetune.ops._op import REGISTRY
 from pyfinetune.ops.lora_linear import prepare, reference, reference_bwd
 
@@ -145,6 +146,42 @@ def test_decode_with_an_adapter(kernels):
     _nf4_cuda.decode_with_adapter(below, fields(), 6, 40, a)
     assert torch.equal(beside, torch.cat([weight, torch.zeros(6, 2), 0.5 * b, torch.zeros(6, 3)], 1))
     assert torch.equal(below, torch.cat([weight, a]))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_has_weight_and_adapter_written_by_one_launch(kernels, monkeypatch, layout, adapter_dtype):
+    """The same bits as decoding and writing the adapter after it; and none of it where Triton is forced."""
+    x, *args = arguments(torch.bfloat16, nested=False, adapter_dtype=adapter_dtype)
+    args[9:11] = [LAYOUTS[layout](tensor) for tensor in args[9:11]]
+    launches = []
+    written = kernels.cuda_dequantize_4bit
+    kernels.cuda_dequantize_4bit = lambda *given: (launches.append(given[5]), written(*given))
+    by_triton = lambda out, *packed: out.copy_(nf4.dequantize_reference(*packed))  # noqa: E731
+    monkeypatch.setattr(_lora_linear_triton, "decode_into", by_triton)
+    found = {}
+    for by, why_not in (("cuda", None), ("triton", "no kernels")):
+        monkeypatch.setattr(_nf4_cuda, "cuda_why_not", lambda *tensors, why_not=why_not: why_not)
+        found[by] = _weights_with_adapters(x, args)
+    assert launches == [0, 0]
+    for one, other in zip(found["cuda"], found["triton"], strict=True):
+        assert not one.isnan().any()
+        assert torch.equal(one, other)
+    monkeypatch.setattr(_nf4_cuda, "cuda_why_not", lambda *tensors: None)
+    with pf.use_backend("reference"):
+        _weights_with_adapters(x, args)
+    assert len(launches) == 2
+
+
+def _weights_with_adapters(x, args):
+    """[W | s B] of the forward pass and [W ; A] of the backward pass."""
+    projections = _lora_linear_triton.projections_of(x, [args])
+    forward = _lora_linear_triton.Forward(x, projections)
+    s = x.new_empty((x.shape[0], projections[0].rank))
+    needs = [Needs(False, True, True, False, False)]
+    backward = _lora_linear_triton.Backward(x, projections, s, [None], [None], True, needs)
+    beside = forward._widened(projections[0], forward.columns[0])
+    return beside, backward._below(projections[0].lora_a.to(x.dtype))
 
 
 class TestWhichCallsAreTaken:

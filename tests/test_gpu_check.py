@@ -274,6 +274,8 @@ class TestStep:
         monkeypatch.setattr(gpu_step, "build_base", full)
         row = gpu_step.CappedStep("8B", 2, 2048, 12).measure(torch.device("cpu"))
         assert row["results"][OURS]["out_of_memory"]
+        # Half a byte for each of 7 G weights, 2 for each of 1 G of embedding and head, and what a step adds.
+        assert 5_500 < row["results"][OURS]["planned_mb"] < 12_000
         found = gpu_check._rows_of([{"started": row["case"]}, {"row": row}])
         assert found["errors"] == [f"{row['case']}: OUT OF MEMORY: CUDA out of memory. Tried to allocate 2 GiB"]
         cells = gpu_results._row_cells(row, OURS)

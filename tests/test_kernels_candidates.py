@@ -66,11 +66,11 @@ CASES = {
     "rms_norm": (pf.ops.rms_norm, [(ROWS, 300), (300,)]),
     "rms_norm wide": (pf.ops.rms_norm, [(1, 17000), (17000,)]),
     "glu": (pf.ops.swiglu, [(ROWS, WIDTH), (ROWS, WIDTH)]),
+    "varlen_attn": (_attention, [(ROWS, 4, 32), (ROWS, 2, 32), (ROWS, 2, 32)]),
     "rope": (lambda q, k: pf.ops.rope(q, k, *_angles(q))[0], [(ROWS, 4, 32), (ROWS, 2, 32)]),
 }
-if not INTERPRETED:  # these have one configuration there
+if not INTERPRETED:  # it has one configuration there
     CASES["linear_cross_entropy"] = _loss, [(ROWS, WIDTH), (300, WIDTH)]
-    CASES["varlen_attn"] = _attention, [(ROWS, 4, 32), (ROWS, 2, 32), (ROWS, 2, 32)]
 
 
 def _run(call, inputs, backend):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from chromium import open_page
 from test_cli import call
 from test_train_run import settings
 from tiny_model import CHATML, make_tokenizer, save_tiny, tiny_fixture  # noqa: F401
@@ -249,13 +250,14 @@ def test_a_configuration_is_a_file_or_a_folder(tmp_path):
 
 def test_the_cache_outlives_a_line_that_a_kill_cut_short(tmp_path):
     path = tmp_path / "a" / "answers.jsonl"
-    AnswerCache(path).add({"1": {"answer": "ä"}, "2": {"answer": "b"}})
+    strange = "ä\u2028\x85\r\n\x0c"
+    AnswerCache(path).add({"1": {"answer": strange}, "2": {"answer": "b"}})
     with open(path, "a") as file:
         file.write('{"key": "3", "ans')
     cache = AnswerCache(path)
     assert cache.get("3") is None
     cache.add({"4": {"answer": "d"}})
-    assert AnswerCache(path).get("1")["answer"] == "ä"
+    assert AnswerCache(path).get("1")["answer"] == strange
     assert AnswerCache(path).get("4")["answer"] == "d"
 
 
@@ -335,10 +337,10 @@ def test_the_pages_say_what_the_comparison_says(result):
 def test_names_and_answers_of_others_are_not_markup(tmp_path):
     score = {"accuracy": Score(0.5, 0.4, 0.6, 30)}
     answers = tmp_path / "a.jsonl"
-    AnswerCache(answers).add({"1": {"row": "<b>", "answer": "<script>alert(1)</script>", "reference": "&"}})
+    AnswerCache(answers).add({"1": {"row": "<b>", "text": "<script>alert(1)</script>", "reference": "&"}})
     systems = [
-        SystemResult("<img src=x> $a_b$ |", "base", score, answers=str(answers)),
-        SystemResult("tuned", "tuned", score, answers=str(answers)),
+        SystemResult("<img src=x> $a_b$ |", "base", True, score, answers=str(answers)),
+        SystemResult("tuned", "tuned", False, score, answers=str(answers)),
     ]
     verdict = Verdict("worth it", "<script>", score["accuracy"])
     found = Comparison("r", "classification", "accuracy", 30, "x", systems, verdict, output_dir=str(tmp_path))
@@ -436,3 +438,12 @@ def test_a_model_of_another_kind_is_saved_and_asked(run, tmp_path):
     ]
     lines = (tmp_path / "o" / "answers" / "chatty-labels-named.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["prompt"].startswith("<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_whole_on_a_telephone_and_a_screen(result, width):
+    page = open_page(Path(result.output_dir) / "compare.html", width=width)
+    assert page.console == []
+    assert page.overflow == 0
+    assert "fine-tuning was worth it" in page.text
+    assert "again" in page.text

@@ -326,7 +326,7 @@ def test_an_answer_may_be_as_long_as_the_longest_right_one(tiny):
 @pytest.mark.parametrize(
     ("request_", "said", "fix"),
     [
-        ({"model": "no/such/folder/at-all", "data": ("DATA",)}, "no tokenizer can be loaded", "on the hub"),
+        ({"model": "no/such/folder/at-all", "data": ("DATA",)}, "cannot be loaded", "on the hub"),
         ({"model": "TINY"}, "is no run", "--data FILE"),
         ({"model": "TINY", "data": ("DATA",), "slices": ("nope",)}, "--slice nope", "name one"),
         ({"model": "TINY", "data": ("DATA",), "task": "classifcation"}, "no such task", "did you mean classification"),

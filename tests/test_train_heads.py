@@ -16,6 +16,7 @@ import pyfinetune.train.loop as loop
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import load_config, parse_config
 from pyfinetune.train.head_loop import head_loss, trainer_parts
+from pyfinetune.train.head_model import load_with_head
 from pyfinetune.train.head_rows import head_part, tokenizer_for
 from pyfinetune.train.head_scores import predictions_of
 from pyfinetune.train.heads import choose_head
@@ -142,6 +143,7 @@ class TestClassification:
         config = settings(tiny, data, tmp_path / "out", head="sequence_classification", trainer={"max_steps": 20})
         result = train(config)
         scores_at_least(result, "accuracy", 0.9)
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"].count("score") == 1
         saved = json.loads((tmp_path / "out" / "config.json").read_text())
         assert saved["id2label"] == {"0": "neg", "1": "pos"}
         assert saved["pad_token_id"] == 0
@@ -314,6 +316,37 @@ def test_label_smoothing_and_no_label_at_all():
     expected = torch.nn.functional.cross_entropy(logits[:2], labels[:2], label_smoothing=0.2)
     assert torch.allclose(head_loss({"logits": logits}, labels, mask, None, 0.2), expected)
     assert head_loss({"logits": logits}, torch.full((3,), -100), mask) == 0.0
+
+
+def test_a_class_that_finds_none_of_its_weights_is_refused(tiny, encoder, tmp_path):
+    """Of some models transformers makes a class whose weights have other names: it would be random, and say nothing."""
+    data = write_rows(tmp_path / "rows.jsonl", questions())
+    for method in ("full", "qlora"):
+        with pytest.raises(UserError, match="AutoModelForQuestionAnswering of transformers does not find its weights"):
+            train(settings(tiny, data, tmp_path / "out", head="question_answering", doc_stride=4, method=method))
+    with pytest.raises(UserError, match="max_length: 200 is beyond the 128 positions"):
+        train(settings(encoder, data, tmp_path / "out", doc_stride=4, max_length=200))
+
+
+def test_a_head_of_other_labels_is_made_anew_and_one_of_the_same_goes_on(encoder, tmp_path):
+    out, data = tmp_path / "first", write_rows(tmp_path / "rows.jsonl", reviews())
+    train(settings(encoder, data, out, method="full", trainer={"max_steps": 2}))
+    same, fresh = load_with_head(str(out), "AutoModelForSequenceClassification", labels=("neg", "pos"), method="full")
+    assert fresh == []
+    assert torch.equal(same.classifier.weight, load_file(out / "model.safetensors")["classifier.weight"])
+    more = load_with_head(str(out), "AutoModelForSequenceClassification", labels=("a", "b", "c"), method="full")
+    assert more[1] == ["classifier"]
+    config = settings(str(out), data, tmp_path / "third", trainer={"max_steps": 1})
+    assert train(config).steps == 1  # an adapter, with the head that was there trained further
+    assert more[0].classifier.out_features == 3
+    config = json.loads((out / "config.json").read_text())
+    turned = {**config, "id2label": {"0": "pos", "1": "neg"}, "label2id": {"pos": 0, "neg": 1}}
+    (out / "config.json").write_text(json.dumps(turned))
+    again = settings(str(out), data, tmp_path / "second", method="full")
+    found = read_data(again)
+    head = choose_head(again, found.train)
+    rows = prepare_rows(found, tokenizer_for(again, found.format, head), again, head)
+    assert rows.labels == ("pos", "neg")  # the numbers that its head knows them by
 
 
 def test_plan_refuses_what_it_cannot_predict(encoder, tiny, tmp_path):

@@ -337,7 +337,7 @@ def test_a_finished_run_is_left_alone_and_a_changed_one_refused(tiny, sums, tmp_
 
     with pytest.raises(UserError, match="holds another run: lora_r was 4 there and is 8 now"):
         train(settings(tiny, sums, out, lora_r=8))
-    with pytest.raises(UserError, match="trainer: per_device_train_batch_size was 4 there and is 2 now"):
+    with pytest.raises(UserError, match=r"a step took 4 rows \(4 x .* there, and takes 2 rows"):
         train(settings(tiny, sums, out, trainer={"per_device_train_batch_size": 2}))
     with pytest.raises(UserError, match="resume is never"):
         train(settings(tiny, sums, out, resume="never"))
@@ -392,7 +392,7 @@ def test_two_processes_take_the_steps_of_one(tiny, sums, tmp_path):
     alone = train(settings(tiny, sums, tmp_path / "alone"))
     both = settings(tiny, sums, tmp_path / "both", trainer={"per_device_train_batch_size": 2})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config_digest(both)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pyfinetune.cli", "train"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pyfinetune", "train"]
 
     def in_two_processes() -> dict:
         done = subprocess.run(

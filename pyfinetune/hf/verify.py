@@ -172,6 +172,8 @@ def _train(model: nn.Module, batch: dict[str, Any], steps: int) -> torch.Tensor:
 def _isolation(model: nn.Module, batch: dict[str, Any]) -> tuple[Item | None, str | None]:
     """Two documents in one row: no bit of the second may move when the first one changes."""
     config = getattr(model, "config", None)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return None, "packed documents not tried: virtual tokens belong to a row, so a row holds one document"
     if getattr(config, "_attn_implementation", None) != "pyfinetune":
         return None, "packed documents not tried: the attention is the model's own"
     ids = batch.get("input_ids")

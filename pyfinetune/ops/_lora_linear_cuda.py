@@ -14,7 +14,7 @@ import torch
 
 from pyfinetune._native import capsule, native, packed_fields
 from pyfinetune.ops._cuda import capability_of, cuda_why_not, stream_of
-from pyfinetune.ops._layout import unit_rows
+from pyfinetune.ops._layout import rows_apart
 from pyfinetune.ops._lora_linear_cpu import BASE_ARGS
 from pyfinetune.ops._triton import triton_why_not
 
@@ -55,24 +55,18 @@ def _fields(base) -> tuple:
     return packed_fields(base[:6], base[6], base[7])
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The matrix with contiguous rows that do not overlap; a copy where it has others."""
-    tensor = unit_rows(tensor)
-    return tensor if tensor.shape[0] <= 1 or tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
-
-
 def forward(x, *args, path: str = "chosen"):
     """Schema: see `lora_linear`. Returns y, s = x A^T, and two empty tensors.
 
     `path` is "vector" (up to 8 rows, without the matrix unit), "tensor", or "chosen" by the number of rows.
     """
     base, (lora_a, lora_b, scaling, *_unused, bias) = args[:BASE_ARGS], args[BASE_ARGS:]
-    x, out_features = _apart(x), int(base[-1])
+    x, out_features = rows_apart(x), int(base[-1])
     y = x.new_empty((x.shape[0], out_features))
     s, b = x.new_empty(0), None
     if lora_a is not None:
         s = torch.mm(x, lora_a.detach().to(x.dtype).T)
-        b = _apart(lora_b.detach().to(x.dtype))
+        b = rows_apart(lora_b.detach().to(x.dtype))
     low = (None, None) if b is None or not b.shape[1] else (capsule(s), capsule(b))
     bias = None if bias is None else capsule(bias.detach().to(x.dtype).contiguous())
     sizes = (out_features, x.shape[1])
@@ -87,9 +81,9 @@ def backward(dout, x, *args):
     need_dx, _need_dweight, need_da, need_db, need_dbias, _need_dmagnitude = needs
     empty = [x.new_empty(0, dtype=x.dtype if like is None else like.dtype) for like in (x, x, lora_a, lora_b, x, None)]
     dx, dweight, da, db, dbias, dmagnitude = empty
-    dout, low, factor = _apart(dout), None, None
+    dout, low, factor = rows_apart(dout), None, None
     if lora_a is not None and (need_dx or need_da):
-        low, factor = torch.mm(dout, lora_b.detach().to(x.dtype)), _apart(lora_a.detach().to(x.dtype))
+        low, factor = torch.mm(dout, lora_b.detach().to(x.dtype)), rows_apart(lora_a.detach().to(x.dtype))
     if need_dx:
         dx = x.new_empty(x.shape)
         pair = (None, None) if low is None or not low.shape[1] else (capsule(low), capsule(factor))

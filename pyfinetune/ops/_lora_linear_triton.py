@@ -3,10 +3,11 @@
     forward, 4-bit     [ X | S ] @ [ W | s B ]^T      S = keep(X) A^T; one GEMM, and the output is written once
     backward, 4-bit    [ dY | T ] @ [ W ; A ]         T = s dY B
 
-The decoded weight is made with room for the adapter; X and dY are copied beside S and T by the kernel that reads them
-anyway. A dense weight has no such room: there, and where dropout's mask stands between T A and dX, a kernel adds the
-low-rank product to the GEMM's output. Projections of one input share its copy, the product with every A, and in the
-backward pass, where all are in 4 bits, one GEMM for dX. `lora_linear` is a group of one.
+The decoded weight is made with room for the adapter, and where CUDA C++ kernels are built in, one of them writes both;
+X and dY are copied beside S and T by the kernel that reads them anyway. A dense weight has no such room: there, and
+where dropout's mask stands between T A and dX, a kernel adds the low-rank product to the GEMM's output. Projections of
+one input share its copy, the product with every A, and in the backward pass, where all are in 4 bits, one GEMM for dX.
+`lora_linear` is a group of one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from collections.abc import Sequence
 
 import torch
 
-from pyfinetune.ops._layout import unit_rows
+from pyfinetune._native import packed_fields
+from pyfinetune.ops import _nf4_cuda
+from pyfinetune.ops._layout import rows_apart, unit_rows
 from pyfinetune.ops._lora_linear_cpu import BASE_ARGS, Needs, Projection, columns_of
 from pyfinetune.ops._nf4_triton import decode_into
+from pyfinetune.ops._op import is_forced
 from pyfinetune.ops._triton import configuration, kernels, on_device_of
 
 # Bytes that dY and the decoded weights of a group may take side by side; beyond, its projections take turns.
@@ -36,6 +40,20 @@ class Base:
     def decode(self, out: torch.Tensor) -> None:
         """The weight into [out, in] with contiguous rows."""
         decode_into(out, *self.packed, (self.out_features, self.in_features), self.dtype)
+
+    def decode_with(self, out: torch.Tensor, adapter: torch.Tensor, first: int = 0, scaling: float = 1.0) -> None:
+        """[W | scaling B] with zeros around B, which begins at column in + first; or [W ; A], by out's shape."""
+        rows, cols, adapter = self.out_features, self.in_features, adapter.detach()
+        adapter = adapter if adapter.dtype == out.dtype else adapter.float()
+        if not is_forced() and _nf4_cuda.decode_why_not(*self.packed[:6]) is None:
+            fields = packed_fields(self.packed[:6], *self.packed[6:])
+            _nf4_cuda.decode_with_adapter(out, fields, rows, cols, rows_apart(adapter), first, scaling)
+            return
+        self.decode(out[:rows, :cols])
+        room = out[:, cols:] if out.shape[0] == rows else out[rows:]
+        if room.numel() > adapter.numel():
+            room.zero_()
+        torch.mul(adapter, scaling, out=room[:, first : first + adapter.shape[1]])
 
     def dense(self) -> torch.Tensor:
         """The whole weight; a new tensor where it is in 4 bits."""
@@ -137,11 +155,7 @@ class Forward:
         """[W | s B], with B at the projection's own columns of S and zeros at the others'."""
         base, rank = p.base, self.wide.shape[1] - self.x.shape[1]
         weight = self.x.new_empty((base.out_features, base.in_features + rank))
-        base.decode(weight[:, : base.in_features])
-        beside = weight[:, base.in_features :]
-        if rank > p.rank:
-            beside.zero_()
-        torch.mul(p.lora_b.detach(), p.scaling, out=beside[:, span])
+        base.decode_with(weight, p.lora_b, span.start, p.scaling)
         return weight
 
     def _dora(self, p: Projection, bias, span: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -228,11 +242,15 @@ class Backward:
     def _below(self, stacked: torch.Tensor | None) -> torch.Tensor:
         """[W of each; A of each; zeros]."""
         weight = self.x.new_empty((self.wide.shape[1], self.x.shape[1]))
-        start = 0
+        start, alone = 0, stacked is not None and len(self.projections) == 1
         for p in self.projections:
-            p.base.decode(weight[start : start + p.base.out_features])
-            start += p.base.out_features
-        if stacked is not None:
+            end = start + p.base.out_features
+            if alone:
+                p.base.decode_with(weight[: end + self.rank], stacked)
+            else:
+                p.base.decode(weight[start:end])
+            start = end
+        if stacked is not None and not alone:
             weight[start : start + self.rank].copy_(stacked.detach())
         weight[start + self.rank :].zero_()
         return weight

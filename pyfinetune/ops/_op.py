@@ -281,6 +281,11 @@ def _validated(name: str | None, source: str) -> str | None:
     return name or None
 
 
+def is_forced() -> bool:
+    """Whether a backend is forced by name, so that none may use another's kernels."""
+    return _forced is not None
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every op inside the block, in the whole process.

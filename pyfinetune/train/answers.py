@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,16 +92,19 @@ def answer(model: Any, tokenizer: Any, prompt: list[int], seconds: float | None 
     ids = torch.tensor([prompt], device=device)
     was_training = model.training
     model.eval()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=_NEW_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        **({} if seconds is None else {"max_time": seconds}),
-    )
+    with warnings.catch_warnings():
+        # PEFT tells that it leaves positions to the model wherever there are virtual tokens; so they should be.
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **({} if seconds is None else {"max_time": seconds}),
+        )
     model.train(was_training)
     return " ".join(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).split())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyfinetune.train.config import ADAPTER_LEN, LORA_METHODS, VIRTUAL_TOKENS
 from pyfinetune.train.heads import HEADS, Head
 
 _PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "datasets", "tokenizers")
@@ -25,16 +26,14 @@ def model_card(record: dict[str, Any]) -> str:
     """
     config, data, model, result = (record[key] for key in ("config", "data", "model", "result"))
     name, base = Path(config["output_dir"]).name, model["name_or_path"]
-    full = config["method"] == "full"
-    what = "All weights of" if full else f"A LoRA adapter (rank {config['lora_r']}) for"
     train = data["train"]
     head = HEADS[record.get("head", {}).get("kind", "causal_lm")]
     lines = [
         f"---\n{_front_matter(record, name)}\n---",
         f"# {_plain(name)}",
-        f"{what} {_code(base)}, trained with pyfinetune ({config['method']}).",
+        f"{_what(config)} {_code(base)}, trained with pyfinetune ({config['method']}).",
         "## Use",
-        f"```python\n{_use(head, config['output_dir'], None if full else base)}\n```",
+        _use(config, head, base),
         *(["The base was in 4 bits (NF4) while the adapter learned."] if config["method"] == "qlora" else []),
         "## Training data",
         f"{_sources(config)}: {train['examples']:,} examples, {train['tokens']:,} tokens, of which"
@@ -51,18 +50,43 @@ def model_card(record: dict[str, Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _use(head: Head, folder: str, base: str | None) -> str:
-    """Code that loads the model; `base` is what an adapter stands on."""
-    name, last = head.auto_class, f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
-    if base is None or head.kind in ("causal_lm", "seq2seq_lm"):
-        first = f"from transformers import {name}, AutoTokenizer\nmodel = {name}.from_pretrained({folder!r})"
-        return f"{first}\n{last}"
-    return (
-        f"from peft import PeftModel\nfrom transformers import AutoConfig, {name}, AutoTokenizer\n"
-        f"config = AutoConfig.from_pretrained({folder!r})  # the head's size and the names of its classes\n"
-        f"base = {name}.from_pretrained({base!r}, config=config)\n"
-        f"model = PeftModel.from_pretrained(base, {folder!r})\n{last}"
-    )
+def _what(config: dict[str, Any]) -> str:
+    """What was trained, up to the model's name."""
+    method, virtual = config["method"], config.get("num_virtual_tokens") or VIRTUAL_TOKENS
+    if method in LORA_METHODS:
+        kind = "DoRA" if config.get("use_dora") or method == "dora" else "LoRA"
+        stable = "rank-stabilised " if config.get("use_rslora") or method == "rslora" else ""
+        return f"A {stable}{kind} adapter (rank {config['lora_r']}) for"
+    return {
+        "full": "All weights of",
+        "prompt_tuning": f"A learned prompt of {virtual} virtual tokens for",
+        "prefix_tuning": f"A learned prefix of {virtual} virtual tokens for",
+        "ia3": "Learned scales of keys, values and feed-forward inputs, (IA)^3, for",
+        "adaption_prompt": f"Adaption prompts of {config.get('adapter_len') or ADAPTER_LEN} tokens for",
+    }[method]
+
+
+def _use(config: dict[str, Any], head: Head, base: str) -> str:
+    """Lines of Python that load the result."""
+    name, folder = head.auto_class, repr(config["output_dir"])
+    last = f"tokenizer = AutoTokenizer.from_pretrained({folder})"
+    # transformers itself takes LoRA's folders, PEFT all of its own.
+    is_plain = config["method"] == "full" or config["method"] in LORA_METHODS
+    if config["method"] != "full" and head.kind not in ("causal_lm", "seq2seq_lm"):
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import AutoConfig, {name}, AutoTokenizer",
+            f"config = AutoConfig.from_pretrained({folder})  # the head's size and the names of its classes",
+            f"base = {name}.from_pretrained({base!r}, config=config)",
+            f"model = PeftModel.from_pretrained(base, {folder})",
+        ]
+    elif is_plain:
+        lines = [f"from transformers import {name}, AutoTokenizer", f"model = {name}.from_pretrained({folder})"]
+    else:
+        peft_class = name.replace("Auto", "AutoPeft", 1)
+        lines = [f"from peft import {peft_class}", "from transformers import AutoTokenizer"]
+        lines.append(f"model = {peft_class}.from_pretrained({folder})")
+    return "\n".join(["```python", *lines, last, "```"])
 
 
 def _front_matter(record: dict[str, Any], name: str) -> str:
@@ -80,7 +104,8 @@ def _front_matter(record: dict[str, Any], name: str) -> str:
         EvalResult(pipeline, config["dataset_name"] or "custom", f"{dataset} (held out)", metric, value)
         for metric, value in metrics.items()
     ]
-    tags = ["pyfinetune", method, *([] if full else ["lora", f"base_model:adapter:{base}"])]
+    tags = ["pyfinetune", method, *(["lora"] if method in LORA_METHODS else [])]
+    tags += [] if full else [f"base_model:adapter:{base}"]
     facts = ModelCardData(
         base_model=base,
         library_name="transformers" if full else "peft",

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ CHECKSUMS = "checksums.json"
 SAVING = ".saving"  # where a checkpoint is while it is being written
 _REPLACED = ".replaced"  # where one goes whose place is taken, or which is deleted
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_NEEDED = ("trainer_state.json", "scheduler.pt")
+# What FSDP writes: the weights and the optimizer's state, whole (.bin) or in pieces (a folder).
+_SHARED_WEIGHTS, _SHARED_STATE = "pytorch_model_fsdp", "optimizer"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -91,10 +94,11 @@ def find_flaw(path: Path, step: int | None = None) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{CHECKSUMS} cannot be read: {' '.join(str(error).split())[:100]}"
     present = _files_of(path)
-    for name in [*files, *_NEEDED]:
+    shared = _is_shared(files)
+    for name in [*files, *_NEEDED, *([] if shared else ["optimizer.pt"])]:
         if name not in present:
             return f"no {name}"
-    if not any(name.endswith(".safetensors") for name in files):
+    if not (shared or any(name.endswith(".safetensors") for name in files)):
         return "no weights"
     for name in present:
         if name not in files:
@@ -106,6 +110,28 @@ def find_flaw(path: Path, step: int | None = None) -> str | None:
         if flaw is not None:
             return flaw
     return None
+
+
+def check_kind(folder: Path, sharded: bool) -> None:
+    """Check that a run can read what a checkpoint was written with.
+
+    Args:
+        folder: a whole checkpoint.
+        sharded: whether the run's weights are spread over its processes (FSDP).
+
+    Raises:
+        UserError: they are in the checkpoint and not in the run, or the other way round.
+
+    Example:
+        >>> check_kind(Path("out/checkpoint-40"), sharded=False)  # doctest: +SKIP
+    """
+    if _is_shared(_files_of(folder)) == sharded:
+        return
+    how, mend = ("without FSDP", "leave FSDP out") if sharded else ("under FSDP", "start the run under FSDP as before")
+    raise UserError(
+        f"resume: {folder} was written {how}, and its optimizer's state is stored in another way",
+        fix=f"{mend}, in any number of processes, or set another output_dir",
+    )
 
 
 def check_resume_path(path: str | Path) -> Path:
@@ -261,6 +287,14 @@ def _sync_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_shared(files: Iterable[str]) -> bool:
+    """Whether FSDP wrote a checkpoint."""
+    names = {name.partition("/")[0] for name in files}
+    return any(name.startswith(_SHARED_WEIGHTS) for name in names) and any(
+        name.startswith(_SHARED_STATE) and name != "optimizer.pt" for name in names
+    )
 
 
 def _files_of(folder: Path) -> list[str]:

@@ -36,7 +36,11 @@ def comparison_lines(result: Comparison) -> list[str]:
         >>> comparison_lines(result)[-1]  # doctest: +SKIP
         'fine-tuning was worth it: accuracy 0.812 (0.780 to 0.843) against ...'
     """
-    lines = [f"{result.rows:,} rows ({result.task}), answered by {result.answered_by}", "", *aligned(_table(result))]
+    lines = [
+        f"{result.rows:,} rows ({result.task}), answered by {result.answered_by}",
+        "",
+        *aligned(_table(result, whole=False)),
+    ]
     for column in next(iter(result.systems)).slices:
         lines += ["", *aligned(_slices(result, column))]
     lines.append("")
@@ -72,7 +76,7 @@ def write_comparison(result: Comparison) -> list[Path]:
         "verdict": result.verdict.sentence,
         "others": [verdict.sentence for verdict in result.others],
         "picture": picture,
-        "table": _table(result),
+        "table": _table(result, whole=True),
         "how": _HOW,
         "slices": [(column, _slices(result, column)) for column in columns],
         "forgetting": result.forgetting.sentence if result.forgetting is not None else None,
@@ -126,17 +130,17 @@ def draw_bars(result: Comparison, png: Path | None = None) -> str:
         return curves.written(figure, f"{result.metric} of each system", png)
 
 
-def _table(result: Comparison) -> list[list[str]]:
-    metrics = list(result.systems[0].scores)
-    ordered = [result.metric, *(name for name in metrics if name != result.metric)]
+def _table(result: Comparison, whole: bool) -> list[list[str]]:
+    """A row a system; the metrics beside the headline are in the whole table only."""
+    more = [name for name in result.systems[0].scores if name != result.metric] if whole else []
     has_price = any(system.cost is not None for system in result.systems)
-    head = ["system", *ordered, "against tuned", "latency, s", "p90, s", "tokens in", "out"]
-    rows = [head + (["cost of 1,000"] if has_price else [])]
+    head = ["system", result.metric, "against tuned", "latency, s", "p90, s", "tokens in", "out"]
+    rows = [[*head, *(["cost of 1,000"] if has_price else []), *more]]
     for system in result.systems:
-        cells = [system.name, *(str(system.scores[name]) for name in ordered)]
-        cells += [_signed(system.against_tuned), _seconds(system.latency), _seconds(system.latency_p90)]
-        cells += [f"{system.tokens_in:,.0f}", f"{system.tokens_out:,.1f}"]
-        rows.append(cells + ([_cost(system)] if has_price else []))
+        cells = [system.name, str(system.scores[result.metric]), _signed(system.against_tuned)]
+        cells += [_seconds(system.latency), _seconds(system.latency_p90)]
+        cells += [f"{system.tokens_in:,.0f}", f"{system.tokens_out:,.1f}", *([_cost(system)] if has_price else [])]
+        rows.append([*cells, *(str(system.scores[name]) for name in more)])
     return rows
 
 
@@ -153,8 +157,8 @@ def _slices(result: Comparison, column: str) -> list[list[str]]:
 def _signed(score: Score | None) -> str:
     if score is None:
         return ""
-    digits = 1 if max(abs(score.low), abs(score.high)) > 2 else 3
-    return f"{score.value:+.{digits}f} ({score.low:+.{digits}f} to {score.high:+.{digits}f})"
+    value, low, high = (f"{part:+.{score.digits}f}" for part in (score.value, score.low, score.high))
+    return f"{value} ({low} to {high})"
 
 
 def _seconds(value: float | None) -> str:
@@ -200,6 +204,6 @@ def _samples(result: Comparison) -> list[dict[str, Any]]:
         found = {name: [r for r in records if r.get("row") == place] for name, records in said}
         last = {name: records[-1] for name, records in found.items() if records}
         reference = next(iter(last.values()))["reference"]
-        answers = [(name, record["answer"] or "(nothing)") for name, record in last.items()]
+        answers = [(name, record["text"] or "(nothing)") for name, record in last.items()]
         samples.append({"place": place, "reference": reference, "answers": answers})
     return samples

@@ -18,7 +18,11 @@ from pyfinetune.train.checked_yaml import nearest, read_yaml, value_error
 from pyfinetune.train.search_space import HpoSection, Range, with_values
 from pyfinetune.train.sources import CleanKind, Files, Replay, Source, WeightedSource
 
-Method = Literal["lora", "qlora", "full"]
+Method = Literal["lora", "rslora", "dora", "qlora", "full", "prompt_tuning", "prefix_tuning", "ia3", "adaption_prompt"]
+LORA_METHODS = ("lora", "rslora", "dora", "qlora")
+# These put virtual tokens before the first one of a row.
+VIRTUAL_TOKEN_METHODS = ("prompt_tuning", "prefix_tuning")
+VIRTUAL_TOKENS, ADAPTER_LEN = 20, 10  # where the configuration does not say; the second as LLaMA-Adapter's paper has it
 HeadKind = Literal[
     "auto",
     "causal_lm",
@@ -39,6 +43,14 @@ _OWNED_BY_CONFIG = {
     "resume_from_checkpoint": "resume",
     "use_cpu": "device: cpu",
 }
+
+# Keys that one group of methods reads.
+_KEYS_OF_METHODS = {
+    ("use_dora", "use_rslora"): LORA_METHODS,
+    ("num_virtual_tokens", "prompt_tuning_init_text"): VIRTUAL_TOKEN_METHODS,
+    ("adapter_len", "adapter_layers"): ("adaption_prompt",),
+}
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 # A search compares trials by their held-out loss; these decide what that is, or where it is found.
 _NOT_SEARCHED = {
@@ -87,8 +99,16 @@ class RunConfig(Source):
     lora_r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    use_dora: bool = False
+    use_rslora: bool = False
     target_modules: str | list[str] = "all-linear"
 
+    num_virtual_tokens: int | None = Field(default=None, ge=1)
+    prompt_tuning_init_text: str | None = Field(default=None, min_length=1)
+    adapter_len: int | None = Field(default=None, ge=1)
+    adapter_layers: int | None = Field(default=None, ge=1)
+
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     freeze: Literal["half", "gradual"] | None = None
     freeze_every: int | None = Field(default=None, ge=1)
     layerwise_lr_decay: float | None = Field(default=None, gt=0, le=1)
@@ -103,6 +123,7 @@ class RunConfig(Source):
     eval_steps: int | None = Field(default=None, ge=1)
     save_steps: int | None = Field(default=None, ge=1)
     early_stopping_patience: int | None = Field(default=None, ge=1)
+    global_batch_size: int | None = Field(default=None, ge=1)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     report: bool = True
@@ -129,6 +150,32 @@ class RunConfig(Source):
         return self
 
     @model_validator(mode="after")
+    def _method_agrees(self) -> RunConfig:
+        for keys, methods in _KEYS_OF_METHODS.items():
+            for key in keys:
+                if getattr(self, key) not in (None, False) and self.method not in methods:
+                    raise ValueError(f"{key} is for method: {' and '.join(methods)}, and method is {self.method}")
+        if self.freeze == "half" and self.method != "full":
+            raise ValueError(f"freeze: half is for method: full; {self.method} has frozen the model already")
+        if self.method in VIRTUAL_TOKEN_METHODS:
+            if self.packing:
+                raise ValueError(
+                    f"packing: true does not go with method: {self.method}, whose virtual tokens only the first"
+                    " document of a row would see; set packing: false"
+                )
+            for key in ("freeze", "layerwise_lr_decay"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key} parts a model by its layers, and method: {self.method} trains none of them"
+                    )
+        if self.method == "prefix_tuning" and any(self.trainer.get(key) for key in _CHECKPOINTING):
+            raise ValueError(
+                "method: prefix_tuning keeps its prefix in the cache, which a layer that is recomputed does not have;"
+                " leave gradient checkpointing out, or set method: prompt_tuning"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _keys_agree(self) -> RunConfig:
         given = any(s.validation_file is not None or s.dataset_test_split is not None for s in self.origins)
         if given and self.test_size is not None:
@@ -144,14 +191,31 @@ class RunConfig(Source):
         split = self.test_size is not None or self.validation_size is not None
         if self.group_column is not None and not split:
             raise ValueError("group_column says how rows are parted; add test_size (for example 0.1)")
-        if self.freeze == "half" and self.method != "full":
-            raise ValueError(f"freeze: half is for method: full; {self.method} has frozen the model already")
         if self.freeze_every is not None and self.freeze is None:
             raise ValueError("freeze_every belongs to freeze, which is not set")
+        if self.global_batch_size is not None and "gradient_accumulation_steps" in self.trainer:
+            raise ValueError(
+                "give global_batch_size or trainer: gradient_accumulation_steps, not both: one follows from the other"
+            )
         for key in ("early_stopping_patience", "eval_steps", "hpo"):
             if getattr(self, key) is not None and not (given or split):
                 raise ValueError(f"{key} needs held-out rows; add validation_file or test_size (for example 0.1)")
         return self
+
+    @property
+    def dora(self) -> bool:
+        """Whether adapters learn a weight's direction and magnitude apart."""
+        return self.use_dora or self.method == "dora"
+
+    @property
+    def rslora(self) -> bool:
+        """Whether adapters are scaled by lora_alpha / sqrt(lora_r)."""
+        return self.use_rslora or self.method == "rslora"
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens the method puts before each row; 0 for most."""
+        return (self.num_virtual_tokens or VIRTUAL_TOKENS) if self.method in VIRTUAL_TOKEN_METHODS else 0
 
     @property
     def origins(self) -> list[Source]:

@@ -48,7 +48,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     records = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_text(encoding="utf-8").split("\n"):  # other line ends may stand in a text
             try:
                 records.append(json.loads(line))
             except ValueError:

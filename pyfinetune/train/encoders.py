@@ -234,6 +234,25 @@ def masked_rows(examples: Sequence[Example], tokenizer: Any, max_length: int, ml
     return part
 
 
+class HeadRows(torch.utils.data.Dataset):
+    """Rows for a `Trainer`; at the index after the last stands one without a label, which fills batches up.
+
+    Args:
+        rows: what a collator takes.
+    """
+
+    has_filler = True
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index] if index != len(self.rows) else _blank(self.rows[0])
+
+
 class MaskedRows(torch.utils.data.Dataset):
     """Pieces of text with some tokens masked; which ones follows from the seed, the epoch and the row alone.
 
@@ -250,6 +269,7 @@ class MaskedRows(torch.utils.data.Dataset):
     def __init__(self, rows: Sequence[dict[str, Any]], tokenizer: Any, mlm_probability: float, seed: int, fixed: bool):
         from transformers import DataCollatorForLanguageModeling
 
+        self.has_filler = True
         self.rows, self.seed, self.epoch = rows, seed, -1 if fixed else 0
         self.fixed = fixed
         self.masker = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
@@ -267,6 +287,8 @@ class MaskedRows(torch.utils.data.Dataset):
             self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == len(self.rows):
+            return {"input_ids": self.rows[0]["input_ids"][:1], "attention_mask": [1], "labels": [IGNORED]}
         row = self.rows[index]
         draw = hashlib.blake2b(f"{self.seed} {self.epoch} {index}".encode(), digest_size=8).digest()
         self.masker.generator = torch.Generator().manual_seed(int.from_bytes(draw, "big") >> 1)
@@ -337,6 +359,16 @@ def require_fast(tokenizer: Any, what: str) -> None:
             f"{what}: {type(tokenizer).__name__} cannot tell which word a token comes from",
             fix="give a model with a tokenizer.json, which a fast tokenizer reads",
         )
+
+
+def _blank(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of one token that teaches nothing."""
+    labels = row["labels"]
+    if isinstance(labels, list):
+        labels = [IGNORED] * (1 if len(labels) == len(row["input_ids"]) else len(labels))
+    else:
+        labels = IGNORED
+    return {name: labels if name == "labels" else values[:1] for name, values in row.items()}
 
 
 def _text_and_pair(example: Example) -> tuple[str, ...]:

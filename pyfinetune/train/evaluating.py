@@ -25,6 +25,8 @@ from pyfinetune.train.config import RunConfig
 from pyfinetune.train.data import Row, load_aligned_rows, load_labelled_rows, load_rows
 from pyfinetune.train.formats import Example, to_examples
 from pyfinetune.train.generating import document_losses
+from pyfinetune.train.head_predicting import HeadPredictor, head_of, load_head, settings_of
+from pyfinetune.train.heads import Head, may_be_unanswered
 from pyfinetune.train.metrics import Score
 from pyfinetune.train.model import choose_device
 from pyfinetune.train.predicting import Answer, CausalPredictor, Predictor, reference_of
@@ -116,23 +118,56 @@ def evaluate(request: EvalRequest, console: Console | None = None) -> Evaluation
     begin, console = time.monotonic(), console or Console(stderr=True)
     found = find_model(request.model)
     examples = _examples(request, found)
-    task = task_of(examples)
     columns = {name: column_of(examples, name) for name in request.slices}
-    tokenizer = tokenizer_of(found, examples[0].format)
-    model = load_for_use(found, choose_device(request.device))
-    result = Evaluation(request.model, task, len(examples), "", {})
-    losses, targets = _losses(request, found, model, tokenizer, examples, result, console)
-    result.scores = metrics.perplexity(losses, targets, seed=request.seed)
-    if task == "pretrain":
-        result.answered_by = "nothing was asked: raw text has a loss alone"
+    head = head_of(found, examples)
+    result = Evaluation(request.model, task_of(examples), len(examples), "", {})
+    if head.kind == "causal_lm":
+        right, answers, labels = _ask_causal(request, found, examples, result, console)
     else:
-        labels = labels_of(found, examples, request.classify_by, result.notes) if task == "classification" else None
-        predictor = causal_predictor(request, found, model, tokenizer, examples, labels)
-        result.answered_by = "the most likely of the labels" if predictor.labels else "greedy generation"
-        answers = answer_all(predictor, examples, console, "answers")
-        _score(request, result, examples, answers, labels, columns)
+        right, answers, labels = _ask_head(request, found, head, examples, result, console)
+    if answers:
+        _score(request, result, right, answers, labels, columns)
+        if request.answers is not None:
+            write_answers(request.answers, examples, answers, right)
     result.seconds = time.monotonic() - begin
     return result
+
+
+def _ask_causal(
+    request: EvalRequest, found: Found, examples: Sequence[Example], result: Evaluation, console: Console
+) -> tuple[list[Any], list[Answer], Sequence[str] | None]:
+    """What is right, what a causal language model answers, and the labels there are; sets the loss."""
+    tokenizer = tokenizer_of(found, examples[0].format)
+    model = load_for_use(found, choose_device(request.device))
+    losses, targets = _losses(request, found, model, tokenizer, examples, result, console)
+    result.scores = metrics.perplexity(losses, targets, seed=request.seed)
+    if result.task == "pretrain":
+        result.answered_by = "nothing: raw text has a loss alone"
+        return [], [], None
+    labels = labels_of(found, examples, request.classify_by, result.notes) if result.task == "classification" else None
+    predictor = causal_predictor(request, found, model, tokenizer, examples, labels)
+    result.answered_by = "the most likely of the labels" if predictor.labels else "greedy generation"
+    right = [reference_of(example, result.task) for example in examples]
+    return right, answer_all(predictor, examples, console, "answers"), labels
+
+
+def _ask_head(
+    request: EvalRequest, found: Found, head: Head, examples: Sequence[Example], result: Evaluation, console: Console
+) -> tuple[list[Any], list[Answer], Sequence[str] | None]:
+    """The same of a model with a head of its own."""
+    model, tokenizer, labels = load_head(found, head, choose_device(request.device))
+    longest = request.max_new_tokens or longest_answer(examples, tokenizer)
+    settings = settings_of(found)
+    predictor = HeadPredictor(model, tokenizer, labels, head, settings, request.batch_size, longest)
+    result.scores = metrics.perplexity(*predictor.losses(examples, settings.seed), seed=request.seed)
+    if not head.has_perplexity:
+        del result.scores["perplexity"]
+    if head.kind == "masked_lm":
+        result.answered_by = "nothing: the loss is of masked words"
+        return [], [], None
+    right = [reference_of(example, result.task) for example in examples]
+    result.answered_by = "greedy generation" if head.kind == "seq2seq_lm" else f"its head ({head.kind})"
+    return right, answer_all(predictor, examples, console, "answers"), labels or None
 
 
 def task_of(examples: Sequence[Example]) -> str:
@@ -220,7 +255,7 @@ def held_out_examples(config: RunConfig) -> list[Example]:
         >>> len(held_out_examples(config))  # doctest: +SKIP
         374
     """
-    data = read_data(config)
+    data = read_data(config, unanswered=may_be_unanswered(config))
     if not (data.test or data.held_out):
         raise UserError("this run held no rows out", fix="name a file of rows that it has not seen: --data FILE")
     return data.test or data.held_out
@@ -369,7 +404,7 @@ def _examples(request: EvalRequest, found: Found) -> list[Example]:
     if request.data:
         own = run or RunConfig(model_name_or_path="-", train_file="-", output_dir="-")
         rows = read_rows(request.data, task, own.sample_by)
-        examples = to_examples(rows, own.columns, task)
+        examples = to_examples(rows, own.columns, task, unanswered=may_be_unanswered(settings_of(found)))
     elif run is None:
         raise UserError(f"{request.model}: is no run that held rows out", fix="name a file of rows: --data FILE")
     else:
@@ -410,23 +445,20 @@ def _losses(
 def _score(
     request: EvalRequest,
     result: Evaluation,
-    examples: Sequence[Example],
+    right: Sequence[Any],
     answers: Sequence[Answer],
     labels: Sequence[str] | None,
     columns: dict[str, list[Any]],
 ) -> None:
-    """Fill in the metrics of the answers, and write the answers down."""
-    right = [reference_of(example, result.task) for example in examples]
+    """Fill in the metrics of the answers."""
     said = [answer.prediction for answer in answers]
-    silent = sum(not answer.text and not answer.tokens_out for answer in answers)
+    silent = sum(not answer.fits for answer in answers)
     if silent:
         result.notes.append(f"{silent:,} rows are too long for the model and are answered by nothing")
     options: dict[str, Any] = {"labels": labels, "seed": request.seed}
     result.scores |= metrics.score(result.task, said, right, **options)
     for name, values in columns.items():
         result.slices[name] = metrics.score_slices(result.task, said, right, values, **options)
-    if request.answers is not None:
-        write_answers(request.answers, examples, answers, right)
 
 
 def write_answers(path: str, examples: Sequence[Example], answers: Sequence[Answer], right: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from pyfinetune.errors import UserError
 from pyfinetune.planner import Plan
-from pyfinetune.train.config import RunConfig, load_config, parse_config
+from pyfinetune.train.config import LORA_METHODS, RunConfig, load_config, parse_config
 from pyfinetune.train.model import check_length, choose_device, read_config
 from pyfinetune.train.planning import PLANNED, Settings, checkpointing_key, process_base, settings_of, step_plan
 
@@ -25,8 +25,8 @@ GPU_BASE, GPU_HOLES = 700 << 20, 0.05
 # On a CPU the C library keeps some of what is freed.
 CPU_HOLES = 0.05
 # How much of the rate of a large matrix product a whole step reaches: the range over the training steps of
-# bench/results/cpu-epyc-zen4-2-threads-step.json, with this package's kernels and without.
-SHARE_OF_PEAK = {True: (0.66, 0.77), False: (0.14, 0.37)}
+# bench/results/cpu-epyc-zen4-2-threads.json, with this package's kernels and without.
+SHARE_OF_PEAK = {True: (0.62, 0.77), False: (0.14, 0.41)}
 # What a CPU process grows by beside tensors: thread stacks, and oneDNN's code for each shape; the second where the
 # kernels' probes have made more of it in bfloat16. Fitted: what was left of the growth of a 29M model's process over 64
 # tokens, where tensors hardly count (33, 35 and 82 MiB); `python -m pyfinetune.bench.plan_check` holds the sums.
@@ -385,8 +385,9 @@ def given_config(path: str | None, options: dict[str, Any]) -> RunConfig:
         return load_config(path)
     if "model_name_or_path" not in given:
         raise UserError("plan: there is no model", fix="give a run's YAML file, or --model NAME_OR_FOLDER")
-    if given.get("method") == "full" and "lora_r" in given:
-        raise UserError("--r: full fine-tuning has no adapters, so no rank", fix="leave --r out, or set --method lora")
+    if given.get("method", "lora") not in LORA_METHODS and "lora_r" in given:
+        what = "full fine-tuning" if given["method"] == "full" else given["method"]
+        raise UserError(f"--r: {what} has no adapters of low rank", fix="leave --r out, or set --method lora")
     if given.get("batch_size", 1) < 1:
         raise UserError(
             f"--batch-size {given['batch_size']}: needs at least one row", fix="give --batch-size 1 or more"
@@ -403,6 +404,7 @@ def _headline(settings: Settings, layers: int) -> str:
     words.append(f"{settings.batch_size} x {settings.length:,} tokens")
     words += [f"{settings.documents} documents a row"] if settings.documents > 1 else []
     words += [f"r {settings.r}"] if settings.method != "full" else []
+    words += ["DoRA"] if settings.dora else []
     words.append(f"checkpointing {'on' if settings.checkpointing else 'off'}")
     words.append("with the kernels" if settings.patch else "without the kernels")
     return ", ".join(words)

@@ -231,7 +231,7 @@ def _unanswered(row: Row, expected: str, allowed: bool) -> Example | None:
     if not allowed or expected != "question_answering" or row.fields.get("answer") is not None or texts != []:
         return None
     question = _string(row, "question", row.fields.get("question"), filled=True)
-    return Example(row.place, expected, _pair(question, ""), fields=row.fields)
+    return Example(row.place, expected, _pair(question, ""), fields=row.fields, columns=row.fields)
 
 
 def _listed(row: Row) -> str:

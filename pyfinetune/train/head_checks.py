@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyfinetune.train.encoders import IGNORED, Part
 from pyfinetune.train.heads import Head, labels_of
+from pyfinetune.train.report import listed_rows
 from pyfinetune.train.reward import SIDES
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _of_labels(counts: dict[str, int], head: Head) -> list[tuple[str, str, str]]
 def _of_length(part: Part, head: Head, max_length: int, which: str) -> list[tuple[str, str, str]]:
     if not part.cut:
         return []
-    where = f"max_length {max_length:,} (longest: {part.longest:,} tokens): {_listed(part.cut)}"
+    where = f"max_length {max_length:,} (longest: {part.longest:,} tokens): {listed_rows(part.cut)}"
     if head.kind == "token_classification":
         after = "count as wrong" if which else "are not learned"
         message = f"{part.lost:,} words of {len(part.cut):,} {which}rows get no tag and {after}, cut off by {where}"
@@ -143,8 +143,3 @@ def _of_length(part: Part, head: Head, max_length: int, which: str) -> list[tupl
         return [("warning", message, "raise max_length, or shorten these rows")]
     message = f"{len(part.cut):,} {which}rows lose {part.lost:,} tokens to {where}"
     return [("warning", message, "raise max_length, or shorten these rows")]
-
-
-def _listed(places: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(places) - most:,} more" if len(places) > most else ""
-    return "; ".join(places[:most]) + rest

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig
-from pyfinetune.train.encoders import IGNORED, MaskedRows, collator_of
+from pyfinetune.train.encoders import IGNORED, HeadRows, MaskedRows, collator_of
 from pyfinetune.train.heads import Head
 from pyfinetune.train.loop import RunTrainer
 
@@ -84,7 +84,7 @@ def head_loss(
         >>> round(head_loss(outputs, torch.tensor([2]), torch.ones(1, 3)).item(), 4)
         1.3863
     """
-    logits = _logits(outputs, attention_mask)
+    logits = head_logits(outputs, attention_mask)
     counted = labels.ne(IGNORED)
     total = torch.nn.functional.cross_entropy(
         logits[counted].float(), labels[counted], reduction="sum", label_smoothing=label_smoothing
@@ -113,10 +113,10 @@ def trainer_parts(head: Head, rows: Any, tokenizer: Any, model: Any, config: Run
         from pyfinetune.train.reward_loop import reward_parts
 
         return reward_parts(rows, tokenizer)
-    train, held_out, callbacks = rows.train, rows.held_out, []
+    train, held_out, callbacks = HeadRows(rows.train), HeadRows(rows.held_out), []
     if head.kind == "masked_lm":
-        train = MaskedRows(train, tokenizer, config.mlm_probability, config.seed, fixed=False)
-        held_out = MaskedRows(held_out, tokenizer, config.mlm_probability, config.seed, fixed=True)
+        train = MaskedRows(rows.train, tokenizer, config.mlm_probability, config.seed, fixed=False)
+        held_out = MaskedRows(rows.held_out, tokenizer, config.mlm_probability, config.seed, fixed=True)
         callbacks.append(Epochs(train))
     return {
         "train_rows": train,
@@ -191,7 +191,7 @@ def outputs_of(
         batch = collator([rows[index] for index in chosen])
         inputs = {k: v.to(device) for k, v in batch.items() if k not in ("num_tokens", "labels")}
         outputs = model(**inputs)
-        logits = _logits(outputs, inputs["attention_mask"])
+        logits = head_logits(outputs, inputs["attention_mask"])
         kept = read(logits).cpu()
         kept = kept.float().numpy() if kept.is_floating_point() else kept.numpy()
         # Which tokens are the row's own, on whichever side it was filled up.
@@ -206,7 +206,20 @@ def outputs_of(
     return found
 
 
-def _logits(outputs: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+def head_logits(outputs: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+    """A head's outputs as one tensor.
+
+    Args:
+        outputs: of the model.
+        attention_mask: [rows, length].
+
+    Returns:
+        The logits; of spans [rows, 2, length], where nothing starts or ends in the padding.
+
+    Example:
+        >>> head_logits({"logits": torch.zeros(1, 4)}, torch.ones(1, 3)).shape
+        torch.Size([1, 4])
+    """
     if "start_logits" not in outputs:
         return outputs["logits"]
     logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig
 from pyfinetune.train.encoders import Part, masked_rows, text_rows, word_rows
 from pyfinetune.train.formats import Example
@@ -40,7 +41,15 @@ def tokenizer_for(config: RunConfig, data_format: str, head: Head) -> Any:
         if head.kind == "reward" and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-    return load_head_tokenizer(config.model_name_or_path, split_into_words=head.kind == "token_classification")
+    tokenizer = load_head_tokenizer(config.model_name_or_path, split_into_words=head.kind == "token_classification")
+    # A RoBERTa's configuration counts two positions that no row can have; its tokenizer knows.
+    if head.kind != "seq2seq_lm" and config.max_length > tokenizer.model_max_length:
+        raise UserError(
+            f"max_length: {config.max_length} is beyond the {tokenizer.model_max_length} tokens that the tokenizer of"
+            f" {config.model_name_or_path} allows",
+            fix=f"set max_length: {tokenizer.model_max_length} or less",
+        )
+    return tokenizer
 
 
 def head_part(

@@ -203,12 +203,10 @@ def score_run(head: Head, parts: dict[str, Part], predictions: Sequence[Any], se
     what, guesses = floor_of(head, parts["train"], held_out)
     found = score(task, predictions, references, seed=seed)
     floor = score(task, guesses, references, seed=seed, resamples=1)
-    if head.kind == "reward":  # the sides are no classes: F1 of them says nothing
-        found = {"accuracy": found["accuracy"]}
-        floor = {"accuracy": floor["accuracy"]}
+    told = [name for name in found if _tells(head, name)]
     return {
-        "metrics": {name: dataclasses.asdict(value) for name, value in found.items()},
-        "floor": {"what": what, **{name: value.value for name, value in floor.items()}},
+        "metrics": {name: dataclasses.asdict(found[name]) for name in told},
+        "floor": {"what": what, **{name: floor[name].value for name in told}},
     }
 
 
@@ -269,6 +267,11 @@ def frequency_floor(train: Part, held_out: Part, vocabulary: int) -> dict[str, A
     seen, wanted = counted(train) + 1.0, counted(held_out)
     loss = float(-(wanted * np.log(seen / seen.sum())).sum() / wanted.sum())
     return {"what": "each token by its frequency", "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def _tells(head: Head, metric: str) -> bool:
+    """Whether a metric says anything: a head always answers, and the sides of a pair are no classes."""
+    return metric == "accuracy" if head.kind == "reward" else metric != "answered" or not head.has_labels
 
 
 def _scored_as_itself(head: Head, formats: set[str]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from pyfinetune.errors import UserError
-from pyfinetune.train.config import HeadKind, RunConfig
+from pyfinetune.train.config import LORA_METHODS, HeadKind, RunConfig
 from pyfinetune.train.formats import Example
 from pyfinetune.train.model import read_config
 
@@ -335,7 +335,11 @@ def _auto_kind(model_config: Any, data_format: str) -> str | None:
         return next((head.kind for head in fitting if data_format in head.formats), None)
     # A decoder that was saved with a head of its own goes on with it.
     saved = " ".join(getattr(model_config, "architectures", None) or ())
-    endings = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification"}
+    endings = {
+        "ForSequenceClassification": "sequence_classification",
+        "ForTokenClassification": "token_classification",
+        "ForQuestionAnswering": "question_answering",
+    }
     for ending, kind in endings.items():
         if ending in saved and data_format in HEADS[kind].formats:
             return kind
@@ -381,6 +385,11 @@ def _check_keys(head: Head, config: RunConfig) -> None:
         "eos_token": (config.eos_token is not None and head.kind != "reward", "its tokenizer ends texts by itself"),
         "completion_only_loss": (config.completion_only_loss is not None, "it has no completions to tell from prompts"),
     }
+    if config.method not in (*LORA_METHODS, "full", "ia3"):
+        raise UserError(
+            f"method: {config.method} is for causal language models; this run has head: {head.kind}",
+            fix="set method: lora, ia3 or full",
+        )
     for key, (is_set, why) in wrong.items():
         if is_set:
             raise UserError(

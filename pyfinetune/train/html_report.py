@@ -18,6 +18,7 @@ import yaml
 
 from pyfinetune.errors import UserError
 from pyfinetune.train import answers, curves, manifest
+from pyfinetune.train.config import LORA_METHODS
 
 _TEMPLATE = "report.html.jinja"
 _NO_CURVES = "The curves need matplotlib: pip install matplotlib"
@@ -227,9 +228,11 @@ def _warnings(held: dict[str, dict[str, int]], max_length: int) -> list[str]:
 def _settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
     config = record["config"]
     names = ["model_name_or_path", "method", "max_length", "packing", "seed", "dtype", "attn_implementation"]
-    if config["method"] != "full":
+    if config["method"] in LORA_METHODS:
         names += ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
-    rows = [(name, config[name]) for name in names if config[name] is not None]
+    names += ["num_virtual_tokens", "prompt_tuning_init_text", "adapter_len", "adapter_layers", "dropout"]
+    rows = [(name, config[name]) for name in names if config.get(name) is not None]
+    rows += [(name, True) for name in ("use_dora", "use_rslora") if config.get(name)]
     rows.append(("trainable parameters", f"{record['model']['trainable_parameters']:,}"))
     return [*rows, *record.get("training_arguments", {}).items()]
 

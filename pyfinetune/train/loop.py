@@ -6,6 +6,7 @@ schedule, the accumulation and the checkpoints are the Trainer's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from pyfinetune.errors import PyfinetuneError, UserError
 from pyfinetune.train import checkpoints
 from pyfinetune.train.config import RunConfig
+from pyfinetune.train.methods import before_training, has_virtual_tokens
 from pyfinetune.train.packing import IGNORED, RowDataset, collate, is_flat
+from pyfinetune.train.processes import batch_of, fill_up, share_on_cpu
 from pyfinetune.train.schedules import layerwise_groups
 
 _MOST_STEPS_BETWEEN = 500  # between checkpoints of a long run
@@ -40,12 +43,47 @@ class RunTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.tokens_seen = 0
+        self._tokens: int | torch.Tensor = 0
+        self._loss_of_all: float | None = None  # while a checkpoint is being written
         self._run_dir: str | None = None  # where a checkpoint is being written, while it is
         self._to_push: str | None = None
         self.layerwise_lr_decay: float | None = None
         if not self.model_accepts_loss_kwargs:  # a model that averages each batch by itself, whatever the accumulation
             self.compute_loss_func = _token_weighted_loss
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own; where FSDP is asked for, it is there on the CPU too, which accelerate passes over."""
+        super().create_accelerator_and_postprocess()
+        share_on_cpu(self)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far in all processes, without padding."""
+        return int(self._tokens)
+
+    @tokens_seen.setter
+    def tokens_seen(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    @property
+    def loss_so_far(self) -> float:
+        """Sum of the losses since the last record."""
+        return float(self._tr_loss) if self._loss_of_all is None else self._loss_of_all
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's own, its batches filled up with empty rows where several processes share them."""
+        loader = super().get_train_dataloader()
+        return (
+            fill_up(loader, len(self.train_dataset), self.args.world_size)
+            if getattr(self.train_dataset, "has_filler", False)
+            else loader
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Likewise: no held-out row counts twice."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return fill_up(loader, len(rows), self.args.world_size) if getattr(rows, "has_filler", False) else loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, its groups split by depth where the learning rate falls with it."""
@@ -55,11 +93,18 @@ class RunTrainer(Trainer):
             optimizer.param_groups[:] = layerwise_groups(self.model, optimizer.param_groups, self.layerwise_lr_decay)
         return optimizer
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """At the very start, of the base model."""
+        with before_training(self.model) if self.state.global_step == 0 else contextlib.nullcontext():
+            return super()._evaluate(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Batches of one optimizer step, with their token counts taken off."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # The other processes' batches are as large on average; asking each of them would stall every step.
-        self.tokens_seen += sum(batch.pop("num_tokens") for batch in batches) * self.args.world_size
+        tokens = sum(batch.pop("num_tokens") for batch in batches)
+        if self.args.world_size > 1:  # summed where the batches are; it is waited for when a record is made
+            tokens = self.accelerator.reduce(torch.tensor(tokens, device=device), reduction="sum")
+        self._tokens = self._tokens + tokens
         return batches, num_items
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
@@ -95,6 +140,14 @@ class RunTrainer(Trainer):
                 output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
         return output
 
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """Every weight in one piece, on the first process, where they are spread over all; every process has to ask.
+
+        Returns:
+            Name to tensor; None where the model holds them itself.
+        """
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
         return self._run_dir or super()._get_output_dir(*args, **kwargs)
 
@@ -113,6 +166,8 @@ class RunTrainer(Trainer):
             checkpoints.clear_leftovers(out)
         self.accelerator.wait_for_everyone()
         self._run_dir = str(staged.parent)
+        if self.args.world_size > 1:
+            self._loss_of_all = float(self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean"))
         try:
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
@@ -129,7 +184,7 @@ class RunTrainer(Trainer):
                 " room, and run the same command to go on from the newest"
             ) from error
         finally:
-            self._run_dir = None
+            self._run_dir = self._loss_of_all = None
         if self.args.should_save:
             checkpoints.rotate(out, self.args.save_total_limit, final, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -170,7 +225,7 @@ class SumsSoFar(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         sums: dict[str, Any] = {"tokens": self.trainer.tokens_seen}
         if hasattr(self.trainer, "_tr_loss"):
-            sums |= {"loss": float(self.trainer._tr_loss), "last_logged": self.trainer._globalstep_last_logged}
+            sums |= {"loss": self.trainer.loss_so_far, "last_logged": self.trainer._globalstep_last_logged}
         return {"args": {}, "attributes": sums}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -251,7 +306,7 @@ def training_arguments(
         >>> training_arguments(config, train_rows=1000, held_out=True).save_steps  # doctest: +SKIP
         38
     """
-    given = dict(config.trainer)
+    given, batch = dict(config.trainer), batch_of(config)
     values: dict[str, Any] = {
         "output_dir": config.output_dir,
         "seed": config.seed,
@@ -262,6 +317,8 @@ def training_arguments(
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # a loss that is not a number is shown and stops the run
         "logging_first_step": True,
+        "gradient_accumulation_steps": batch.accumulation,
+        "per_device_train_batch_size": batch.per_device,
         "save_total_limit": 3,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available() and config.device != "cpu",
@@ -358,7 +415,8 @@ def build_trainer(
         >>> build_trainer(model, arguments, rows, tokenizer=tokenizer, max_length=512).train()  # doctest: +SKIP
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    flat = is_flat(getattr(model.config, "_attn_implementation", None))
+    virtual = has_virtual_tokens(model)
+    flat = not virtual and is_flat(getattr(model.config, "_attn_implementation", None))
     if early_stopping_patience is not None:
         callbacks = [EarlyStopping(early_stopping_patience), *(callbacks or [])]
     if getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing:
@@ -369,7 +427,8 @@ def build_trainer(
         args=arguments,
         train_dataset=_dataset(train_rows),
         eval_dataset=_dataset(eval_rows) if eval_rows else None,
-        data_collator=collator or partial(collate, pad_token_id=pad, max_length=max_length, flat=flat),
+        data_collator=collator
+        or partial(collate, pad_token_id=pad, max_length=max_length, flat=flat, positions=not virtual),
         processing_class=tokenizer,
         callbacks=callbacks,
     )

@@ -20,6 +20,7 @@ import pyfinetune as pf
 from pyfinetune.errors import UserError
 from pyfinetune.train.config import RunConfig, config_digest
 from pyfinetune.train.data import hash_files
+from pyfinetune.train.processes import Batch, batch_of, world_size
 
 _PACKAGES = ("pyfinetune", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -59,7 +60,15 @@ _FIXED = (
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "use_dora",
+    "use_rslora",
+    "num_virtual_tokens",
+    "prompt_tuning_init_text",
+    "adapter_len",
+    "adapter_layers",
+    "dropout",
     "seed",
+    "global_batch_size",
 )
 # What the reader of a report looks for first among the Trainer's arguments.
 _NOTABLE = (
@@ -79,6 +88,8 @@ _NOTABLE = (
     "eval_steps",
     "logging_steps",
 )
+# Of these only the product counts, over all processes.
+_SHARED_OUT = ("trainer: per_device_train_batch_size", "trainer: gradient_accumulation_steps", "global_batch_size")
 _FIXED_TRAINER = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "data_seed")
 
 
@@ -167,6 +178,8 @@ def describe_run(config: RunConfig, device: torch.device, data: dict[str, Any], 
         "device": device_name(device),
         "machine": _machine(),
         "seed": config.seed,
+        "world_size": world_size(),
+        "batch": batch_of(config).to_dict(),
         "working_directory": os.getcwd(),
         "config": config_digest(config),
         "model": {
@@ -295,7 +308,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def check_same_run(earlier: dict[str, Any] | None, config: dict[str, Any], data_hash: str, output_dir: str) -> None:
+def check_same_run(
+    earlier: dict[str, Any] | None,
+    config: dict[str, Any],
+    data_hash: str,
+    output_dir: str,
+    batch: dict[str, int] | None = None,
+) -> None:
     """Check that going on from the checkpoints in a folder would continue the same run.
 
     Args:
@@ -303,6 +322,8 @@ def check_same_run(earlier: dict[str, Any] | None, config: dict[str, Any], data_
         config: this run's configuration as `config.config_digest` gives it.
         data_hash: SHA-256 of this run's training data.
         output_dir: the folder.
+        batch: `processes.Batch` of this run as JSON values. How a step's rows are shared among processes may change,
+            their number may not.
 
     Raises:
         UserError: the model, the data or what is learned from them changed; names what.
@@ -316,14 +337,18 @@ def check_same_run(earlier: dict[str, Any] | None, config: dict[str, Any], data_
             f"output_dir: {output_dir} holds checkpoints but no run.json, so it is not known what they were trained on",
             fix="set another output_dir, or resume: path/to/checkpoint-N to go on from one of them",
         )
-    was = earlier.get("config", {})
-    # A record of an older version lacks the keys that came later.
-    usual = {key: RunConfig.model_fields[key].get_default(call_default_factory=True) for key in _FIXED}
-    changed = [(key, was.get(key, usual[key]), config.get(key, usual[key])) for key in _FIXED]
+    # A key that is newer than the record had its default there.
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in RunConfig.model_fields.items()}
+    was, config = defaults | earlier.get("config", {}), defaults | config
+    changed = [(key, was.get(key), config.get(key)) for key in _FIXED]
     changed += [
         (f"trainer: {key}", was.get("trainer", {}).get(key), config.get("trainer", {}).get(key))
         for key in _FIXED_TRAINER
     ]
+    first = earlier.get("batch")
+    if first and batch:
+        _check_batch(first, batch, output_dir)
+        changed = [entry for entry in changed if entry[0] not in _SHARED_OUT]
     for key, before, now in changed:
         if before != now:
             raise UserError(
@@ -335,6 +360,24 @@ def check_same_run(earlier: dict[str, Any] | None, config: dict[str, Any], data_
             f"output_dir: {output_dir} holds a run on other training data: the contents of the files changed",
             fix="set another output_dir, or put the data back",
         )
+
+
+def _check_batch(before: dict[str, int], now: dict[str, int], output_dir: str) -> None:
+    """Steps of other rows would be another run; a person who changed one key is told of that key."""
+    if before["rows"] == now["rows"]:
+        return
+    per_device, accumulation = before["per_device"], before["accumulation"]
+    mend = f"set global_batch_size: {before['rows']}, or start {before['processes']} processes as before"
+    if before["processes"] == now["processes"]:
+        mend = (
+            f"set trainer: per_device_train_batch_size: {per_device} and gradient_accumulation_steps: {accumulation},"
+            " or another output_dir"
+        )
+    raise UserError(
+        f"output_dir: {output_dir} holds another run: a step took {Batch.of(before)} there, and takes {Batch.of(now)}"
+        " now",
+        fix=mend,
+    )
 
 
 def _machine() -> dict[str, Any]:

@@ -38,9 +38,13 @@ class Score:
     high: float
     rows: int
 
+    @property
+    def digits(self) -> int:
+        """Digits after the point that are worth showing."""
+        return 1 if max(abs(self.value), abs(self.low), abs(self.high)) >= 20 else 3
+
     def __str__(self) -> str:
-        digits = 1 if max(abs(self.value), abs(self.low), abs(self.high)) > 2 else 3
-        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        return f"{self.value:.{self.digits}f} ({self.low:.{self.digits}f} to {self.high:.{self.digits}f})"
 
 
 def score(

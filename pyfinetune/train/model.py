@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,12 @@ from pyfinetune.linear4bit import Linear4bit, choose_targets
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What transformers calls the modules at the end of a model, which stay dense under 4-bit weights.
-_HEADS = {"classifier", "score", "qa_outputs", "pre_classifier", "pooler"}
+# Heads that PEFT trains and saves whole; of the latter two it learns too late that they take no adapters.
+_SAVED_BY_PEFT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -110,6 +114,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | None = None,
     attn_implementation: str | None = None,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, quantized to NF4 for `qlora`.
 
@@ -119,6 +124,7 @@ def load_model(
         dtype: `auto` or a type's name; see `choose_dtype`.
         device: where the run will be; None takes a GPU where there is one.
         attn_implementation: a name as `transformers` knows it; None lets it choose.
+        dropout: chance that training drops a value wherever the model has dropout; None leaves the model's own.
 
     Returns:
         The model on `device`, its cache switched off.
@@ -133,86 +139,15 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     device = device or choose_device("auto")
-    with _refusals(name_or_path):
-        config = _plain_config(name_or_path)
+    with refusals(name_or_path):
+        config = plain_config(name_or_path)
         chosen = choose_dtype(dtype, method, getattr(config, "dtype", None), device)
-        options = _attention(attn_implementation)
+        options = _attention(attn_implementation) | dropouts(config, dropout)
         if method == "qlora":
             options["quantization_config"] = pf.Config4bit()
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=chosen, use_safetensors=True, **options)
     model.config.use_cache = False
     return model.to(device)
-
-
-def load_with_head(
-    name_or_path: str,
-    auto_class: str,
-    *,
-    labels: Sequence[str] = (),
-    outputs: int | None = None,
-    pad_token_id: int | None = None,
-    method: str = "lora",
-    dtype: str = "auto",
-    device: torch.device | None = None,
-    attn_implementation: str | None = None,
-) -> tuple[PreTrainedModel, list[str]]:
-    """Load a model with a head of its own, quantized to NF4 but for the head for `qlora`.
-
-    Args:
-        name_or_path: a model's name on the hub or its folder.
-        auto_class: the class of transformers that loads it.
-        labels: names of the head's classes; they are saved with the model.
-        outputs: how many values the head gives where they have no names.
-        pad_token_id: what rows are filled up with, which a head at the end of a row has to know.
-        method: `lora`, `qlora` or `full`.
-        dtype: `auto` or a type's name; `auto` is float32, and with frozen weights on a GPU as of `choose_dtype`.
-        device: where the run will be; None takes a GPU where there is one.
-        attn_implementation: a name as `transformers` knows it; None lets it choose.
-
-    Returns:
-        The model on `device`, and the paths of its modules that the checkpoint has not, such as a new classifier.
-
-    Raises:
-        UserError: as `load_model`; or a module that `qlora` quantizes is new.
-
-    Example:
-        >>> load_with_head("path/to/bert", "AutoModelForSequenceClassification", labels=["neg", "pos"])[1]
-        ... # doctest: +SKIP
-        ['bert.pooler', 'classifier']
-    """
-    import transformers
-
-    device = device or choose_device("auto")
-    with _refusals(name_or_path):
-        config = _plain_config(name_or_path)
-        other_size = name_head(config, labels, outputs, pad_token_id)
-        # On a CPU nothing is gained by a head in half precision, which small updates would not move.
-        kept = config.dtype if device.type == "cuda" else torch.float32
-        chosen = choose_dtype(dtype, method, kept, device)
-        options = _attention(attn_implementation)
-        if method == "qlora":
-            skeleton = load_skeleton(name_or_path, auto_class=auto_class, labels=labels, outputs=outputs)
-            names = {name.rpartition(".")[2] for name, _ in skeleton.named_modules()}
-            options["quantization_config"] = pf.Config4bit(skip=("lm_head", *sorted(names & _HEADS)))
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=chosen,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=other_size,
-            **options,
-        )
-    fresh = fresh_modules(model, [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
-    for name in fresh:
-        if any(isinstance(module, Linear4bit) for module in model.get_submodule(name).modules()):
-            raise UserError(
-                f"method: qlora: {name} is not in {name_or_path}, so it has to be trained, and 4 bits cannot be",
-                fix="set method: lora or full",
-            )
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model.to(device), fresh
 
 
 def name_head(config: PretrainedConfig, labels: Sequence[str], outputs: int | None, pad_token_id: int | None) -> bool:
@@ -243,31 +178,6 @@ def name_head(config: PretrainedConfig, labels: Sequence[str], outputs: int | No
     if labels:
         config.problem_type = "single_label_classification"
     return other_size
-
-
-def fresh_modules(model: torch.nn.Module, missing: Iterable[str]) -> list[str]:
-    """The modules all of whose parameters a checkpoint has not.
-
-    Args:
-        model: any model.
-        missing: names of the parameters that were made anew.
-
-    Returns:
-        Paths of the outermost such modules, sorted.
-
-    Example:
-        >>> fresh_modules(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), ["1.weight", "1.bias"])
-        ['1']
-    """
-    missing = {name for name, _ in model.named_parameters()} & set(missing)
-    known = {name for name, _ in model.named_parameters()} - missing
-    found = set()
-    for name in missing:
-        parts = name.split(".")[:-1]
-        whole = [n for n in range(1, len(parts) + 1) if not any(k.startswith(".".join(parts[:n]) + ".") for k in known)]
-        if whole:
-            found.add(".".join(parts[: whole[0]]))
-    return sorted(found)
 
 
 def load_skeleton(
@@ -304,8 +214,8 @@ def load_skeleton(
     """
     import transformers
 
-    with _refusals(name_or_path):
-        config = _plain_config(name_or_path)
+    with refusals(name_or_path):
+        config = plain_config(name_or_path)
         name_head(config, labels, outputs, None)
         if layers is not None:
             text = config.get_text_config()
@@ -341,13 +251,24 @@ def read_config(name_or_path: str) -> Any:
         >>> read_config("path/to/model").num_hidden_layers  # doctest: +SKIP
         30
     """
-    with _refusals(name_or_path):
-        return _plain_config(name_or_path)
+    with refusals(name_or_path):
+        return plain_config(name_or_path)
 
 
 @contextlib.contextmanager
-def _refusals(name_or_path: str) -> Iterator[None]:
-    """Whatever transformers says against a model becomes one sentence and its mend."""
+def refusals(name_or_path: str) -> Iterator[None]:
+    """Whatever transformers says against a model becomes one sentence and its mend.
+
+    Args:
+        name_or_path: the model, for the message.
+
+    Raises:
+        UserError: within, something was raised that a person can mend.
+
+    Example:
+        >>> with refusals("no/such-model"):
+        ...     pass
+    """
     where = f"model_name_or_path: {name_or_path!r}"
     if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{where} is a folder without config.json", fix="give the folder that save_pretrained wrote")
@@ -363,8 +284,22 @@ def _refusals(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def _plain_config(name_or_path: str) -> Any:
-    """A model's configuration, of plain weights."""
+def plain_config(name_or_path: str) -> Any:
+    """A model's configuration, of plain weights.
+
+    Args:
+        name_or_path: a model's name on the hub or its folder.
+
+    Returns:
+        What transformers makes of its config.json.
+
+    Raises:
+        UserError: its weights are quantized.
+
+    Example:
+        >>> plain_config("path/to/model").model_type  # doctest: +SKIP
+        'llama'
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name_or_path)
@@ -383,6 +318,8 @@ def add_adapters(
     alpha: float = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
+    rslora: bool = False,
+    dora: bool = False,
     task_type: str | None = "CAUSAL_LM",
     fresh: Sequence[str] = (),
 ) -> Any:
@@ -391,9 +328,11 @@ def add_adapters(
     Args:
         model: what `load_model` returned.
         r: rank.
-        alpha: the adapters are scaled by alpha / r.
+        alpha: the adapters are scaled by alpha / r, or with `rslora` by alpha / sqrt(r).
         dropout: chance of dropping an input of an adapter while training.
         target_modules: names of the layers, or `all-linear` for every linear layer but the output head.
+        rslora: scale by the root of the rank.
+        dora: learn each weight's magnitude apart from its direction.
         task_type: PEFT's name of what the model is for; it knows which heads are trained and saved whole.
         fresh: paths of further modules that are trained and saved whole, because no checkpoint has them.
 
@@ -406,48 +345,90 @@ def add_adapters(
     Example:
         >>> add_adapters(model, r=8).print_trainable_parameters()  # doctest: +SKIP
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    names = linear_names(model)
     if isinstance(target_modules, list):
-        known = {name for name, _ in model.named_modules()}
-        for target in target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in known):
-                raise UserError(
-                    f"target_modules: no layer of the model is called {target!r}",
-                    fix=f"choose among {', '.join(names)}",
-                )
+        check_targets(model, target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
+        use_rslora=rslora,
+        use_dora=dora,
         task_type=task_type,
-        modules_to_save=list(fresh) or None,
+        modules_to_save=whole_modules(model, task_type, fresh),
     )
     try:
-        with warnings.catch_warnings():
-            # PEFT asks for a property by a name that newer versions of transformers call deprecated.
-            warnings.filterwarnings(
-                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
-            )
-            return get_peft_model(model, pf.lora_config(config))
+        return wrap(model, pf.lora_config(config))
     except ValueError as error:
-        raise UserError(f"target_modules: {error}", fix=f"choose among {', '.join(names)}") from error
+        names = ", ".join(linear_names(model))
+        raise UserError(f"target_modules: {error}", fix=f"choose among {names}") from error
 
 
-def widen_trainable(model: torch.nn.Module) -> None:
-    """Hold what is trained in float32, since a small update of a half-precision weight is rounded away.
+def wrap(model: PreTrainedModel, settings: Any) -> Any:
+    """`peft.get_peft_model`, without what it says about names in newer versions of transformers.
 
     Args:
-        model: with adapters, perhaps with a head that is trained whole; it then runs under autocast.
+        model: the base model.
+        settings: a `peft.PeftConfig`.
+
+    Returns:
+        The PEFT model.
 
     Example:
-        >>> widen_trainable(model)  # doctest: +SKIP
+        >>> wrap(model, LoraConfig())  # doctest: +SKIP
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, settings)
+    whole = getattr(settings, "modules_to_save", None)
+    if whole:  # to which PEFT has added what was there
+        settings.modules_to_save = list(dict.fromkeys(whole))
+    return adapted
+
+
+def whole_modules(model: torch.nn.Module, task_type: str | None, fresh: Sequence[str] = ()) -> list[str] | None:
+    """The modules that are trained and saved whole beside an adapter.
+
+    Args:
+        model: the base model.
+        task_type: PEFT's name of what the model is for.
+        fresh: paths of modules that no checkpoint has.
+
+    Returns:
+        Paths and names; None for none.
+
+    Example:
+        >>> whole_modules(model, "SEQ_CLS", ["bert.pooler"])  # doctest: +SKIP
+        ['bert.pooler', 'classifier']
+    """
+    heads = [name for name in _SAVED_BY_PEFT.get(task_type, ()) if hasattr(model, name)]
+    return sorted({*fresh, *heads}) or None
+
+
+def check_targets(model: torch.nn.Module, target_modules: list[str]) -> None:
+    """Check that a model has layers of these names.
+
+    Args:
+        model: any model.
+        target_modules: paths of layers, or their last parts.
+
+    Raises:
+        UserError: no layer has such a name.
+
+    Example:
+        >>> check_targets(model, ["q_proj"])  # doctest: +SKIP
+    """
+    known = {name for name, _ in model.named_modules()}
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            raise UserError(
+                f"target_modules: no layer of the model is called {target!r}",
+                fix=f"choose among {', '.join(linear_names(model))}",
+            )
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -469,6 +450,24 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     kinds = (torch.nn.Linear, Conv1D)
     linears = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     return sorted({name.rsplit(".", 1)[-1] for name in linears})
+
+
+def dropouts(config: PretrainedConfig, dropout: float | None) -> dict[str, float]:
+    """Every chance of dropout in a model's configuration, set to one value."""
+    if dropout is None:
+        return {}
+    values = config.get_text_config().to_dict()
+    names = [
+        name
+        for name, value in values.items()
+        if ("dropout" in name or name.endswith("pdrop")) and (value is None or type(value) in (int, float))
+    ]
+    if not names:
+        raise UserError(
+            f"dropout: a {config.model_type} has none to set",
+            fix="leave dropout out; lora_dropout and trainer: weight_decay are there for every model",
+        )
+    return dict.fromkeys(names, dropout)
 
 
 def _attention(name: str | None) -> dict[str, Any]:

@@ -30,9 +30,13 @@ _PAD_TO = 8  # tensor cores want multiples of 8
 class RowDataset(torch.utils.data.Dataset):
     """Rows of documents, for a `Trainer`.
 
+    At the index after the last stands a row without documents, with which several processes fill up a batch.
+
     Args:
         rows: documents of each row.
     """
+
+    has_filler = True
 
     def __init__(self, rows: Sequence[Sequence[Document]]):
         self.rows = rows
@@ -41,7 +45,7 @@ class RowDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sequence[Document]:
-        return self.rows[index]
+        return self.rows[index] if index != len(self.rows) else ()
 
 
 def one_a_row(documents: Sequence[Document]) -> list[list[Document]]:
@@ -106,7 +110,11 @@ def pack(documents: Sequence[Document], max_length: int) -> list[list[Document]]
 
 
 def collate(
-    rows: Sequence[Sequence[Document]], pad_token_id: int, max_length: int | None = None, flat: bool = False
+    rows: Sequence[Sequence[Document]],
+    pad_token_id: int,
+    max_length: int | None = None,
+    flat: bool = False,
+    positions: bool = True,
 ) -> dict[str, Any]:
     """Make one batch of rows.
 
@@ -115,6 +123,8 @@ def collate(
         pad_token_id: fills rows up; never a label.
         max_length: rows are filled up to no more than this.
         flat: lay all documents end to end in one row without padding, as flash attention wants them.
+        positions: give `position_ids`. A model that puts virtual tokens before its rows counts by itself, and its rows
+            hold one document each.
 
     Returns:
         `input_ids`, `position_ids`, `labels`: int64 [rows, longest], or [1, total] when flat; and `num_tokens`, the
@@ -128,7 +138,7 @@ def collate(
     if flat:
         rows = [[document for row in rows for document in row]]
     lengths = [sum(map(len, row)) for row in rows]
-    longest = max(lengths)
+    longest = max(1, *lengths)
     if not flat:
         longest = max(longest, min(-(-longest // _PAD_TO) * _PAD_TO, max_length or longest + _PAD_TO))
     input_ids = np.full((len(rows), longest), pad_token_id, dtype=np.int64)
@@ -136,7 +146,7 @@ def collate(
     labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
     # With one document in every row, positions run on into the padding, which causal attention never looks at: no mask
     # has to be built. Beside packed rows the padding becomes a document of its own.
-    alone = all(len(row) == 1 for row in rows)
+    alone = all(len(row) <= 1 for row in rows)
     for index, row in enumerate(rows):
         start = 0
         for document in row:
@@ -148,7 +158,7 @@ def collate(
         position_ids[index, start:] = np.arange(start, longest) if alone else np.arange(longest - start)
     return {
         "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.from_numpy(position_ids),
+        **({"position_ids": torch.from_numpy(position_ids)} if positions else {}),
         "labels": torch.from_numpy(labels),
         "num_tokens": sum(lengths),
     }

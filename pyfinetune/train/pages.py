@@ -53,10 +53,10 @@ def should_restart() -> bool:
 
 
 def _is_command_line() -> bool:
-    """Whether this process was started as `pyfinetune ...` or `python -m pyfinetune.cli ...`."""
+    """Whether this process was started as `pyfinetune ...` or `python -m pyfinetune ...`."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     if spec is not None:
-        return spec.name == "pyfinetune.cli"
+        return spec.name in ("pyfinetune.__main__", "pyfinetune.cli")
     script = getattr(main, "__file__", None)
     return script is not None and os.path.basename(script) == "pyfinetune"

@@ -22,6 +22,7 @@ from pyfinetune.train.model import add_adapters, choose_device, choose_dtype, lo
 # Layers of the two models that stand for one of many.
 _FEW, _MORE = 2, 3
 PLANNED = ("qlora", "lora", "full")
+_AS = {"rslora": "lora", "dora": "lora"}  # the same step, but for the scale and `Settings.dora`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
         checkpointing: whether layers are recomputed in the backward pass.
         patch: whether this package's kernels are swapped in.
         r: rank of the adapters; nothing for `full`.
+        dora: whether the adapters learn magnitudes apart.
         dropout: of the adapters.
         targets: names of the layers with adapters.
         accumulation: batches of one optimizer step.
@@ -59,6 +61,7 @@ class Settings:
     checkpointing: bool = False
     patch: bool = True
     r: int = 16
+    dora: bool = False
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     accumulation: int = 1
@@ -94,9 +97,16 @@ def settings_of(config: RunConfig, device: torch.device | None = None, documents
             f"plan: the memory of {what} cannot be predicted, only that of causal language models",
             fix="train for a few steps (trainer: max_steps: 3) and read the peak at its end",
         )
-    if config.method not in PLANNED:
+    method = _AS.get(config.method, config.method)
+    if method not in PLANNED:
         raise UserError(
-            f"plan: method {config.method!r} cannot be predicted", fix=f"set method to one of {', '.join(PLANNED)}"
+            f"plan: method {config.method!r} cannot be predicted",
+            fix=f"set method to one of {', '.join([*PLANNED, *_AS])}, or train two steps and read peak_memory_gb",
+        )
+    if config.dropout:
+        raise UserError(
+            f"plan: the memory of a model with dropout: {config.dropout} cannot be predicted",
+            fix="leave dropout out, or train two steps and read peak_memory_gb",
         )
     device = device or choose_device(config.device)
     arguments = training_arguments(config, train_rows=1, held_out=False)
@@ -110,7 +120,7 @@ def settings_of(config: RunConfig, device: torch.device | None = None, documents
     targets = config.target_modules
     return Settings(
         model=config.model_name_or_path,
-        method=config.method,
+        method=method,
         dtype=dtype,
         autocast=(torch.float16 if arguments.fp16 else torch.bfloat16) if mixed else None,
         device=device.type,
@@ -120,6 +130,7 @@ def settings_of(config: RunConfig, device: torch.device | None = None, documents
         checkpointing=bool(getattr(arguments, "activation_checkpointing", None) or arguments.gradient_checkpointing),
         patch=config.patch,
         r=config.lora_r,
+        dora=config.dora,
         dropout=config.lora_dropout,
         targets=targets if isinstance(targets, str) else tuple(targets),
         accumulation=arguments.gradient_accumulation_steps,
@@ -221,7 +232,9 @@ def skeleton(settings: Settings, layers: int | None = None) -> torch.nn.Module:
     if settings.method != "full":
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
         with torch.device("meta"):
-            model = add_adapters(model, r=settings.r, dropout=settings.dropout, target_modules=targets)
+            model = add_adapters(
+                model, r=settings.r, dropout=settings.dropout, target_modules=targets, dora=settings.dora
+            )
     shadow = fake_copy(model, FakeTensorMode())
     if settings.patch:
         patch_shadow(shadow)

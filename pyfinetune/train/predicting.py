@@ -35,6 +35,7 @@ class Answer:
         text: what the model said, to be read.
         tokens_in, tokens_out: tokens read and written.
         seconds: it took, as a share of its batch.
+        fits: False where the example was too long for the model, and nothing was asked.
     """
 
     prediction: Any
@@ -42,6 +43,7 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     seconds: float = 0.0
+    fits: bool = True
 
 
 class Predictor(Protocol):
@@ -96,7 +98,7 @@ class CausalPredictor:
         room = self.room(examples)
         fitting = [at for at, prompt in enumerate(prompts) if self.fits(prompt, room)]
         unfit = sorted({*range(len(examples))} - {*fitting})
-        keep(unfit, [Answer(self._read(examples[at], ""), "", len(prompts[at])) for at in unfit])
+        keep(unfit, [Answer(self._read(examples[at], ""), "", len(prompts[at]), fits=False) for at in unfit])
         if self.labels is not None:
             self._choose(examples, prompts, fitting, keep)
             return found

@@ -21,13 +21,14 @@ from pyfinetune.train.config import RunConfig, load_config
 from pyfinetune.train.head_checks import head_problems, label_counts, shown_row
 from pyfinetune.train.head_rows import tokenizer_for
 from pyfinetune.train.heads import choose_head, may_be_unanswered
-from pyfinetune.train.model import add_adapters, check_length, choose_device, load_skeleton
+from pyfinetune.train.methods import add_method
+from pyfinetune.train.model import check_length, choose_device, load_skeleton
 from pyfinetune.train.packing import pack
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
+from pyfinetune.train.report import listed_rows
 from pyfinetune.train.tokenizing import Document, Tokenized
 
 _LEAKED = 0.25  # from this share of held-out rows on, their loss says nothing about rows that the model has not seen
-_SHOWN_ROWS = 5
 _IDS = ("input_ids", "chosen_ids", "rejected_ids")
 _SHOWN_TOKENS = 400
 _WORDS = {
@@ -230,7 +231,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
     head = rows.head
     options = {"auto_class": head.auto_class, "labels": rows.labels, "outputs": head.outputs}
     model = load_skeleton(config.model_name_or_path, **options)
-    check_length(model.config, config.max_length, config.model_name_or_path)
+    check_length(model.config, config.max_length + config.virtual_tokens, config.model_name_or_path)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     highest, place = max(_highest_tokens(rows))
     if highest >= vocabulary:
@@ -239,8 +240,7 @@ def _model_facts(config: RunConfig, rows: Rows) -> dict[str, Any]:
             fix="give the model the tokenizer it was trained with, or resize its embeddings and save it again",
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    if config.method != "full":
-        model = add_adapters(model, r=config.lora_r, target_modules=config.target_modules, task_type=head.task_type)
+    model = add_method(model, config, head.task_type)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "name_or_path": config.model_name_or_path,
@@ -356,7 +356,7 @@ def _cut(tokenized: Tokenized, max_length: int, which: str) -> list[Problem]:
             Problem(
                 "warning",
                 f"{len(tokenized.cut):,} {which}answers are cut short, without their end, by {longest}:"
-                f" {_listed(tokenized.cut)}",
+                f" {listed_rows(tokenized.cut)}",
                 "raise max_length, or shorten or remove these rows",
             )
         )
@@ -365,7 +365,7 @@ def _cut(tokenized: Tokenized, max_length: int, which: str) -> list[Problem]:
             Problem(
                 "warning",
                 f"{len(tokenized.dropped):,} {which}rows are left out, their whole answer cut off by {longest}:"
-                f" {_listed(tokenized.dropped)}",
+                f" {listed_rows(tokenized.dropped)}",
                 "raise max_length, or shorten or remove these rows",
             )
         )
@@ -374,7 +374,7 @@ def _cut(tokenized: Tokenized, max_length: int, which: str) -> list[Problem]:
             Problem(
                 "warning",
                 f"{len(tokenized.masked):,} {which}rows are left out, because the chat template writes nothing of their"
-                f" answers: {_listed(tokenized.masked)}",
+                f" answers: {listed_rows(tokenized.masked)}",
                 "set chat_template: plain, or the path of a template that writes the assistant's messages",
             )
         )
@@ -419,7 +419,7 @@ def _faulty(finding: Finding, data: Data) -> Problem:
     words, key = _WORDS[finding.kind]
     places = [place for place, _ in finding.rows]
     detail = finding.rows[0][1]
-    where = f"{words}: {_listed(places)} ({detail})"
+    where = f"{words}: {listed_rows(places)} ({detail})"
     if finding.kind != "leak":
         return Problem("warning", f"{len(places):,} rows {where}", f"correct them, or drop them with clean: [{key}]")
     whose, total = ("test", len(data.test)) if finding.part == "test" else ("held-out", len(data.held_out))
@@ -428,14 +428,3 @@ def _faulty(finding: Finding, data: Data) -> Problem:
         f"{len(places):,} of {total:,} {whose} rows {where}",
         f"drop them from the training set with clean: [{key}], or hold other rows out",
     )
-
-
-def _listed(places: list[str]) -> str:
-    """The first few rows, each file named once."""
-    shown: dict[str, list[str]] = {}
-    for place in places[:_SHOWN_ROWS]:
-        file, _, number = place.rpartition(", row ")
-        shown.setdefault(file, []).append(number)
-    text = "; ".join(f"{file}, row{'s' * (len(n) > 1)} {', '.join(n)}" for file, n in shown.items())
-    rest = len(places) - _SHOWN_ROWS
-    return f"{text} and {rest:,} more" if rest > 0 else text

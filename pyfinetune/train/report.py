@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +34,29 @@ def rows_lines(counts: dict[str, dict[str, int]], max_length: int, is_causal: bo
         what = f"{name.replace('_', ' ')}: {count['examples']:,} examples, {count['tokens']:,} tokens"
         lines.append(f"{what}, {learned}, in {count['rows']:,} rows of up to {max_length:,}")
     return lines
+
+
+def listed_rows(places: Sequence[str], most: int = 5) -> str:
+    """The first few rows, each file named once.
+
+    Args:
+        places: file and row of each, as `data.Row.place` has them.
+        most: how many are shown.
+
+    Returns:
+        Words for a sentence.
+
+    Example:
+        >>> listed_rows(["a.csv, row 1", "a.csv, row 2", "b.csv, row 1"], most=2)
+        'a.csv, rows 1, 2 and 1 more'
+    """
+    shown: dict[str, list[str]] = {}
+    for place in places[:most]:
+        file, _, number = place.rpartition(", row ")
+        shown.setdefault(file, []).append(number)
+    text = "; ".join(f"{file}, row{'s' * (len(n) > 1)} {', '.join(n)}" for file, n in shown.items())
+    rest = len(places) - most
+    return f"{text} and {rest:,} more" if rest > 0 else text
 
 
 def metric_lines(metrics: dict[str, Any] | None, floor: dict[str, Any] | None) -> list[str]:

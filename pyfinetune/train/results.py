@@ -8,6 +8,7 @@ from typing import Any
 
 from pyfinetune.train import answers, html_report
 from pyfinetune.train.config import RunConfig
+from pyfinetune.train.methods import before_training
 
 
 def answer_before(config: RunConfig, model: Any, tokenizer: Any, rows: Sequence[Any], anew: bool) -> None:
@@ -26,7 +27,8 @@ def answer_before(config: RunConfig, model: Any, tokenizer: Any, rows: Sequence[
     if not (anew and config.report and config.report_examples and model.can_generate()):
         return
     samples = answers.choose(rows, tokenizer, config.seed, config.report_examples)
-    answers.answer_all(samples, "before", model, tokenizer)
+    with before_training(model):
+        answers.answer_all(samples, "before", model, tokenizer)
     answers.save_samples(samples, config.output_dir)
 
 
@@ -35,7 +37,7 @@ def finish_report(config: RunConfig, model: Any, tokenizer: Any, say: Callable[[
 
     Args:
         config: the run's configuration.
-        model: the trained model.
+        model: the trained model; None where it is spread over processes and cannot answer alone.
         tokenizer: its tokenizer.
         say: called with a message for the person at the screen.
 
@@ -44,7 +46,9 @@ def finish_report(config: RunConfig, model: Any, tokenizer: Any, say: Callable[[
         report: out/report.html
     """
     samples = answers.read_samples(config.output_dir)
-    if samples:
+    if samples and model is None:
+        say("the questions are not asked again: the model is spread over the processes; the saved one answers alone")
+    elif samples:
         answers.answer_all(samples, "after", model, tokenizer)
         answers.save_samples(samples, config.output_dir)
     if not html_report.can_draw():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +21,13 @@ from rich.console import Console
 
 import pyfinetune as pf
 from pyfinetune.errors import UserError
-from pyfinetune.train import card, checkpoints, manifest, preflight, results
+from pyfinetune.train import card, checkpoints, manifest, preflight, processes, results
 from pyfinetune.train.config import RunConfig, config_digest
+from pyfinetune.train.head_model import load_with_head, widen_trainable
 from pyfinetune.train.head_rows import tokenizer_for
 from pyfinetune.train.heads import HEADS, Head, choose_head, may_be_unanswered
-from pyfinetune.train.model import (
-    add_adapters,
-    check_length,
-    choose_device,
-    load_model,
-    load_with_head,
-    widen_trainable,
-)
+from pyfinetune.train.methods import add_method
+from pyfinetune.train.model import check_length, choose_device, load_model
 from pyfinetune.train.packing import check_isolation, is_flat
 from pyfinetune.train.reading import Data, Rows, prepare_rows, read_data
 from pyfinetune.train.report import rows_lines
@@ -106,7 +100,7 @@ def prepare_model(
     from transformers import set_seed
 
     set_seed(config.seed)
-    options = {"method": config.method, "dtype": config.dtype, "device": device}
+    options = {"method": config.method, "dtype": config.dtype, "device": device, "dropout": config.dropout}
     options["attn_implementation"] = config.attn_implementation
     fresh: list[str] = []
     if head.kind == "causal_lm":
@@ -114,19 +108,10 @@ def prepare_model(
     else:
         options |= {"labels": labels, "outputs": head.outputs, "pad_token_id": pad_token_id}
         model, fresh = load_with_head(config.model_name_or_path, head.auto_class, **options)
-    check_length(model.config, config.max_length, config.model_name_or_path)
-    if config.method != "full":
-        model = add_adapters(
-            model,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            task_type=head.task_type,
-            fresh=fresh,
-        )
-        if head.kind != "causal_lm":
-            widen_trainable(model)
+    check_length(model.config, config.max_length + config.virtual_tokens, config.model_name_or_path)
+    model = add_method(model, config, head.task_type, fresh)
+    if config.method != "full" and head.kind != "causal_lm":
+        widen_trainable(model)
     report = pf.patch(model) if config.patch else None
     if config.packing:
         flat = is_flat(getattr(model.config, "_attn_implementation", None))
@@ -152,11 +137,15 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
         >>> find_start(config, "", print)  # doctest: +SKIP
         PosixPath('out/checkpoint-40')
     """
-    if os.environ.get("RANK", "0") == "0":
-        checkpoints.clear_leftovers(Path(config.output_dir))
+    with processes.first_process_first(choose_device(config.device)):
+        if processes.is_first():
+            checkpoints.clear_leftovers(Path(config.output_dir))
     existing = checkpoints.list_checkpoints(config.output_dir)
+    sharded = processes.shards_weights(config)
     if config.resume not in ("auto", "never"):
-        return checkpoints.check_resume_path(config.resume)
+        named = checkpoints.check_resume_path(config.resume)
+        checkpoints.check_kind(named, sharded)
+        return named
     if not existing:
         return None
     if config.resume == "never":
@@ -165,10 +154,13 @@ def find_start(config: RunConfig, data_hash: str, say: Any) -> Path | None:
             fix="set another output_dir, delete that folder, or set resume: auto to go on",
         )
     earlier = manifest.read_manifest(Path(config.output_dir) / "run.json")
-    manifest.check_same_run(earlier, config_digest(config), data_hash, config.output_dir)
+    batch = processes.batch_of(config).to_dict()
+    manifest.check_same_run(earlier, config_digest(config), data_hash, config.output_dir, batch)
     found, skipped = checkpoints.newest_complete(config.output_dir)
     for sentence in skipped:
         say(f"warning: {sentence}")
+    if found is not None:
+        checkpoints.check_kind(found, sharded)
     say(f"going on from {found}" if found else "no whole checkpoint found: starting from the beginning")
     return found
 
@@ -198,16 +190,19 @@ def train(
         ... # doctest: +SKIP
     """
     # Under torchrun every process runs this; one of them speaks.
-    console = console or Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    console = console or Console(stderr=True, quiet=not processes.is_first())
     device = choose_device(config.device)
+    processes.check_sharding(config)
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
         raise UserError(f"output_dir: {out} is a file", fix="give the path of a folder, existing or not")
-    data = read_data(config, unanswered=may_be_unanswered(config))
+    with processes.first_process_first(device):
+        data = read_data(config, unanswered=may_be_unanswered(config))
     earlier = manifest.read_manifest(out / "run.json")
     if _already_complete(earlier, config, data):
         _say(console, f"{out} holds this very run, complete: nothing to do (change output_dir to run it again)")
-        results.complete_report(config)
+        if processes.is_first():
+            results.complete_report(config)
         return TrainResult(**earlier["result"])
     start = find_start(config, data.sha256, lambda message: _say(console, message))
     head = choose_head(config, data.train)
@@ -236,7 +231,7 @@ def _fit(
     callbacks: Sequence[Any],
 ) -> TrainResult:
     from pyfinetune.train.callbacks import Interruption, ProgressBar, RunMetrics
-    from pyfinetune.train.head_loop import arguments_kind, trainer_parts
+    from pyfinetune.train.head_loop import arguments_kind
     from pyfinetune.train.loop import build_trainer, nothing_left, total_steps, training_arguments
     from pyfinetune.train.schedules import schedules_of
 
@@ -251,10 +246,7 @@ def _fit(
     )
     metrics, bar, stop = RunMetrics(out / "metrics.jsonl"), ProgressBar(console), Interruption(console)
     steps = total_steps(arguments, len(rows.train))
-    parts = {"train_rows": rows.train, "eval_rows": rows.held_out, "callbacks": []}
-    if rows.head.kind != "causal_lm":
-        parts = trainer_parts(rows.head, rows, tokenizer, model, config)
-    further = parts.pop("callbacks")
+    parts, further = _parts(config, rows, tokenizer, model)
     trainer = build_trainer(
         model,
         arguments,
@@ -287,6 +279,7 @@ def _fit(
         bar.close()
         stop.close()
     result = _result(config, trainer, outcome, metrics, start, interrupted=stop.signal is not None)
+    whole = None if result.interrupted else trainer.whole_weights()
     if is_main and not result.interrupted and rows.held_out and rows.head.kind != "causal_lm":
         result = _scored(
             result, config, trainer, rows, model, tokenizer, metrics, lambda message: _say(console, message)
@@ -295,22 +288,30 @@ def _fit(
         record |= {"status": "interrupted" if result.interrupted else "complete", "finished": manifest.now()}
         record |= {"result": dataclasses.asdict(result)}
         if not result.interrupted:
-            save_final(model, tokenizer, out, rows.head)
+            save_final(model, tokenizer, out, whole, rows.head)
             (out / "README.md").write_text(card.model_card(record), encoding="utf-8")
             checkpoints.sync_files(out)
         manifest.write_manifest(out / "run.json", record)
         if not result.interrupted and config.report:
-            results.finish_report(config, model, tokenizer, lambda message: _say(console, message))
+            answering = model if whole is None else None  # spread over the processes, it would wait for the others
+            results.finish_report(config, answering, tokenizer, lambda message: _say(console, message))
     return result
 
 
-def save_final(model: Any, tokenizer: Any, output_dir: str | Path, head: Head = HEADS["causal_lm"]) -> None:
+def save_final(
+    model: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    head: Head = HEADS["causal_lm"],
+) -> None:
     """Save the trained adapter, or the whole model when it has none, with its tokenizer.
 
     Args:
         model: the trained model.
         tokenizer: its tokenizer.
         output_dir: the folder; `PeftModel.from_pretrained` (or the head's class of transformers) reads it.
+        weights: the model's, by name, where it does not hold them itself.
         head: the head that was trained.
 
     Example:
@@ -320,7 +321,7 @@ def save_final(model: Any, tokenizer: Any, output_dir: str | Path, head: Head = 
     has_cache = hasattr(model.config, "use_cache")
     if has_cache:
         model.config.use_cache = True
-    model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, **({} if weights is None else {"state_dict": weights}))
     if head.kind not in ("causal_lm", "seq2seq_lm") and hasattr(model, "peft_config"):
         # Adapters are saved without it, and it has the names of the classes and the size of the head.
         config = copy.deepcopy(model.config)
@@ -357,6 +358,16 @@ def _result(
     )
 
 
+def _parts(config: RunConfig, rows: Rows, tokenizer: Any, model: Any) -> tuple[dict[str, Any], list[Any]]:
+    """What the trainer is given of the rows, and callbacks that they need."""
+    if rows.head.kind == "causal_lm":
+        return {"train_rows": rows.train, "eval_rows": rows.held_out}, []
+    from pyfinetune.train.head_loop import trainer_parts
+
+    parts = trainer_parts(rows.head, rows, tokenizer, model, config)
+    return parts, parts.pop("callbacks")
+
+
 def _record(
     config: RunConfig, device: torch.device, data: Data, rows: Rows, model: Any, report: Any, arguments: Any
 ) -> dict[str, Any]:
@@ -381,6 +392,9 @@ def _scored(
     """The result with its metrics; a run is not lost for want of a package that only they need."""
     from pyfinetune.train.head_scores import scores_of_run
 
+    if trainer.is_fsdp_enabled:
+        say("no metrics: the weights are spread over the processes; pyfinetune eval scores the saved model")
+        return result
     try:
         found = scores_of_run(config, rows, model, tokenizer, trainer.args.per_device_eval_batch_size)
     except UserError as error:
@@ -407,10 +421,11 @@ def _already_complete(earlier: dict[str, Any] | None, config: RunConfig, data: D
 
 def _model_line(record: dict[str, Any]) -> str:
     model, kernels = record["model"], record["kernels"]
-    return (
+    words = (
         f"model: {model['name_or_path']}, {record['config']['method']}, {model['dtype']} on {record['device']},"
         f" {model['trainable_parameters']:,} trainable parameters, {kernels['swapped']} modules on fast kernels"
     )
+    return words if record["world_size"] == 1 else f"{words}\na step takes {processes.Batch.of(record['batch'])}"
 
 
 def _say(console: Console, message: str) -> None:

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from pyfinetune.errors import PyfinetuneError, UserError
 from pyfinetune.train import checkpoints
 from pyfinetune.train.config import RunConfig, config_digest, parse_config, takes_fractions
+from pyfinetune.train.processes import world_size
 from pyfinetune.train.run import train
 from pyfinetune.train.search_space import Range, with_values
 
@@ -87,6 +88,11 @@ def search(config: RunConfig, console: Console | None = None) -> SearchResult:
         >>> search(load_config("run.yaml")).best_values  # doctest: +SKIP
         {'trainer.learning_rate': 0.00021, 'lora_r': 16}
     """
+    if world_size() > 1:
+        raise UserError(
+            f"hpo: a search runs in one process, and there are {world_size()}",
+            fix="start it without a launcher; train the best.yaml that it writes with one",
+        )
     console = console or Console(stderr=True)
     study = _open_study(config)
     _take_up(study)

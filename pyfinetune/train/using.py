@@ -154,20 +154,40 @@ def load_for_use(found: Found, device: torch.device, dtype: str = "auto") -> Any
     if found.run is not None and dtype == "auto":
         dtype = found.run.dtype
     model = load_model(found.base, method=found.method, dtype=dtype, device=device)
-    if found.adapter:
-        from peft import LoraConfig, PeftConfig, PeftModel
-
-        settings = PeftConfig.from_pretrained(found.path)
-        if found.method == "qlora" and isinstance(settings, LoraConfig):
-            settings = pf.lora_config(settings)
-        try:
-            model = PeftModel.from_pretrained(model, found.path, config=settings)
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{found.path}: this adapter does not fit {found.base}: {reason}",
-                fix="give the adapter's own base model back its place, or train the adapter anew",
-            ) from error
-        model = model.to(device)
+    model = with_adapter(found, model, device)
     model.config.use_cache = True
     return model.eval()
+
+
+def with_adapter(found: Found, model: Any, device: torch.device) -> Any:
+    """A base model with the adapter that was trained on it.
+
+    Args:
+        found: what `find_model` returned.
+        model: its base, loaded.
+        device: where to.
+
+    Returns:
+        The PEFT model; the base itself where there is no adapter.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+
+    Example:
+        >>> with_adapter(find_model("runs/first"), model, torch.device("cpu"))  # doctest: +SKIP
+    """
+    if not found.adapter:
+        return model
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    settings = PeftConfig.from_pretrained(found.path)
+    if found.method == "qlora" and isinstance(settings, LoraConfig):
+        settings = pf.lora_config(settings)
+    try:
+        return PeftModel.from_pretrained(model, found.path, config=settings).to(device)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{found.path}: this adapter does not fit {found.base}: {reason}",
+            fix="give the adapter's own base model back its place, or train the adapter anew",
+        ) from error

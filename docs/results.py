@@ -142,12 +142,10 @@ def rewritten(text: str, block: str) -> str:
 
 
 def _score(score: dict[str, Any]) -> str:
-    """A value, with its interval where it has one."""
-    from pyfinetune.train.metrics import Score
-
-    if "low" in score:
-        return str(Score(**score))
-    return f"{score['value']:.{1 if score['value'] > 2 else 3}f}"
+    """A value, with its interval where it has one; what goes to 100 or beyond has a digit less."""
+    digits = 1 if score["value"] > 2 or score.get("high", 0) > 2 else 3
+    interval = f" ({score['low']:.{digits}f} to {score['high']:.{digits}f})" if "low" in score else ""
+    return f"{score['value']:.{digits}f}{interval}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

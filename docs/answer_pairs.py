@@ -2,8 +2,9 @@
 
     python docs/answer_pairs.py data/gsm8k_alpaca.json --output pairs.jsonl
 
-The good answer is the one in the file. The bad one is, in turn, the answer to another question, and the good one with
-one of its numbers changed. The first is easy to tell, the second hard: it takes a look at the sums.
+The good answer is the one in the file. The bad one is the good one with its steps in another order (every second row),
+the answer to another question, or the good one with one of its numbers changed (every fourth row each). The first shows
+in the answer alone, the second takes a look at the question, the third at the sums.
 """
 
 from __future__ import annotations
@@ -44,6 +45,29 @@ def with_a_wrong_number(answer: str, random_: random.Random) -> str | None:
     return f"{answer[: chosen.start()]}{wrong}{answer[chosen.end() :]}"
 
 
+def out_of_order(answer: str, random_: random.Random) -> str | None:
+    """An answer with its lines in another order, or None where there is no other.
+
+    Args:
+        answer: the right one.
+        random_: decides which order.
+
+    Returns:
+        The same lines, drawn until they stand otherwise.
+
+    Example:
+        >>> out_of_order("first\\nsecond", random.Random(0))
+        'second\\nfirst'
+    """
+    lines = answer.split("\n")
+    if len(set(lines)) < 2:
+        return None
+    drawn = list(lines)
+    while drawn == lines:
+        random_.shuffle(drawn)
+    return "\n".join(drawn)
+
+
 def pairs_of(rows: Sequence[tuple[str, str]], seed: int = 0) -> list[dict[str, str]]:
     """Pairs for a reward model.
 
@@ -58,15 +82,19 @@ def pairs_of(rows: Sequence[tuple[str, str]], seed: int = 0) -> list[dict[str, s
         UserError: there are no two different answers.
 
     Example:
-        >>> [row["kind"] for row in pairs_of([("1+1?", "2"), ("2+2?", "4")])]
-        ['another answer', 'wrong number']
+        >>> [row["kind"] for row in pairs_of([("1+1?", "1+1\\n= 2"), ("2+2?", "4")])]
+        ['out of order', 'another answer']
     """
     if len({answer for _, answer in rows}) < 2:
         raise UserError("a bad answer is one to another question, and all answers are the same", fix="give more rows")
     draw, pairs = random.Random(seed), []
     for index, (question, answer) in enumerate(rows):
-        wrong = with_a_wrong_number(answer, draw) if index % 2 else None
-        kind = "another answer" if wrong is None else "wrong number"
+        wrong, kind = None, "another answer"
+        if index % 2 == 0:
+            wrong, kind = out_of_order(answer, draw), "out of order"
+        elif index % 4 == 3:
+            wrong, kind = with_a_wrong_number(answer, draw), "wrong number"
+        kind = "another answer" if wrong is None else kind
         while wrong is None or wrong == answer:
             wrong = rows[draw.randrange(len(rows))][1]
         pairs.append({"prompt": question, "chosen": answer, "rejected": wrong, "kind": kind})

@@ -56,9 +56,14 @@ def measure(page: str, config_path: Path, output_dir: Path) -> dict[str, Any]:
     own, scores = result.get("floor") or {}, result.get("metrics")
     if "perplexity" in own or record["data"]["format"] == "preference":
         what, floor = own["what"], {name: {"value": value} for name, value in own.items() if name != "what"}
+        if record["data"]["format"] == "preference" and floor["accuracy"]["value"] < 0.5:
+            what, floor = "a coin", {"accuracy": {"value": 0.5}}
     else:
         found = floor_of(load_config(config_path))
         what, floor = found.what, {name: dataclasses.asdict(score) for name, score in found.scores.items()}
+        first = next(iter(floor))
+        if scores and scores[first]["rows"] < floor[first]["rows"]:  # an encoder-decoder answers the first rows only
+            what, floor = own["what"], {name: {"value": value} for name, value in own.items() if name != "what"}
     # Of rows of a task its own metric counts, of text and chats how well it is foreseen.
     main = "perplexity" if "perplexity" in floor else next(iter(floor))
     if main == "perplexity":
@@ -76,7 +81,6 @@ def measure(page: str, config_path: Path, output_dir: Path) -> dict[str, Any]:
         "scores": scores,
         "parameters": record["model"]["trainable_parameters"],
         "steps": result["steps"],
-        "seconds": result["seconds"],
         "device": record["device"],
         "versions": record["versions"],
     }
@@ -137,12 +141,10 @@ def rewritten(text: str, block: str) -> str:
 
 
 def _score(score: dict[str, Any]) -> str:
-    """A value, with its interval where it has one."""
-    from pyfinetune.train.evaluation.metrics import Score
-
-    if "low" in score:
-        return str(Score(**score))
-    return f"{score['value']:.{1 if score['value'] > 2 else 3}f}"
+    """A value, with its interval where it has one; what goes to 100 or beyond has a digit less."""
+    digits = 1 if score["value"] > 2 or score.get("high", 0) > 2 else 3
+    interval = f" ({score['low']:.{digits}f} to {score['high']:.{digits}f})" if "low" in score else ""
+    return f"{score['value']:.{digits}f}{interval}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import results
 import small_model
 import tutorial
 import yaml
-from answer_pairs import pairs_of, with_a_wrong_number
+from answer_pairs import out_of_order, pairs_of, with_a_wrong_number
 from entity_questions import questions_of
 from tiny_model import save_tiny, tiny_fixture  # noqa: F401
 
@@ -29,7 +29,7 @@ a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 def test_every_page_is_in_the_index():
     linked = re.findall(r"\]\(([\w-]+\.md)\)", INDEX.read_text(encoding="utf-8"))
-    assert sorted(linked) == sorted(page.name for page in PAGES)
+    assert set(linked) == {page.name for page in PAGES}
 
 
 @pytest.mark.parametrize("page", [INDEX, *PAGES], ids=lambda page: page.stem)
@@ -238,15 +238,19 @@ def test_a_question_has_one_answer_and_says_where_it_begins():
 def test_pairs_differ_and_are_made_in_turn():
     import random
 
-    rows = [(f"{n}+{n}?", f"{n}+{n} = {2 * n}") for n in range(1, 9)]
+    rows = [(f"{n}+{n}?", f"{n}+{n}\n= {2 * n}") for n in range(1, 9)]
     pairs = pairs_of(rows, seed=3)
     assert pairs == pairs_of(rows, seed=3) != pairs_of(rows, seed=4)
     for (question, answer), pair in zip(rows, pairs, strict=True):
         assert (pair["prompt"], pair["chosen"]) == (question, answer)
         assert pair["rejected"] != answer
         assert (pair["rejected"] in [a for _, a in rows]) == (pair["kind"] == "another answer")
-    assert [pair["kind"] for pair in pairs[:3]] == ["another answer", "wrong number", "another answer"]
+        same_lines = sorted(pair["rejected"].split("\n")) == sorted(answer.split("\n"))
+        assert same_lines == (pair["kind"] == "out of order")
+    kinds = [pair["kind"] for pair in pairs[:4]]
+    assert kinds == ["out of order", "another answer", "out of order", "wrong number"]
     assert with_a_wrong_number("none here", random.Random(0)) is None
+    assert out_of_order("same\nsame", random.Random(0)) is None
     with pytest.raises(UserError, match="all answers are the same"):
         pairs_of([("a", "1"), ("b", "1")])
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pyfinetune.bench.harness import OURS
+from pyfinetune.bench.results import facts_to_share
 from pyfinetune.errors import UserError
-from pyfinetune.machine import info
 
 PLAIN = "plain"
 SCRIPT = Path(__file__).parent / "scripts" / "sft.py"
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:6} {statistics.median(rates):6.0f} tokens/s ({spread}); losses {losses}")
     print(f"ratio {found['ratio']:.2f}x; losses differ by at most {found['loss_gap']:.2g}")
     if args.json is not None:
-        result = {"machine": dict(info()), "script": args.script.name, "arguments": arguments, **found}
+        result = {"machine": facts_to_share(), "script": args.script.name, "arguments": arguments, **found}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

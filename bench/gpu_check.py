@@ -35,8 +35,8 @@ from typing import Any
 import torch
 
 from pyfinetune.bench.gpu_results import markdown_of, what_is_wrong
+from pyfinetune.bench.results import facts_to_share
 from pyfinetune.errors import UserError
-from pyfinetune.machine import info
 
 TOTAL = 480  # seconds for everything, the build with it where `--started` says when that began
 _TESTS = 140  # seconds for the tests, which run side by side
@@ -276,7 +276,7 @@ def _rows_of(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """`pf.info`, and what else a reader of GPU times wants to know."""
-    facts = dict(info())
+    facts = facts_to_share()
     facts["versions"]["cuda"] = torch.version.cuda
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     if shutil.which("nvidia-smi"):

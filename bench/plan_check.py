@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from pyfinetune.bench.results import facts_to_share
 from pyfinetune.errors import UserError
-from pyfinetune.machine import info
 
 TOLERANCE = 0.10
 _STEPS = 2  # the first makes the optimizer's state
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             sizes = f"{row['total'] / 2**20:8.1f} {row['resident'] / 2**20:8.1f} MiB"
             print(f"{row['name']:<60} {sizes}  {errors}", flush=True)
     if args.json is not None:
-        args.json.write_text(json.dumps({"machine": dict(info()), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({"machine": facts_to_share(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return int(any(abs(row["errors"]["resident"]) > TOLERANCE for row in rows))
 
 

@@ -12,11 +12,17 @@ from rich.table import Table
 
 from pyfinetune.bench.harness import OURS
 from pyfinetune.errors import UserError
+from pyfinetune.machine import info
 
 PAGES = ("default", "recycled")
 PEER, BEST_ISA = "peer", "ours, best ISA"
 EVEN = 0.03  # a headline within that of 1 is neither a gain nor a loss
 _NONE = "-"
+
+
+def facts_to_share() -> dict[str, Any]:
+    """`pf.info` as it is kept with a result: without the package's place, which says only whose machine it is."""
+    return {name: value for name, value in info().items() if name != "path"}
 
 
 def read_result(path: Path, option: str) -> dict[str, Any]:

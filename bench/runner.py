@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pyfinetune.bench.comparison import check_comparable, show_comparison
 from pyfinetune.bench.peer_names import peer_list
 from pyfinetune.bench.request import Request
-from pyfinetune.bench.results import PAGES, lines_of, peers_line, read_result, table_of
+from pyfinetune.bench.results import PAGES, facts_to_share, lines_of, peers_line, read_result, table_of
 from pyfinetune.bench.steps import step_tables
 from pyfinetune.errors import UserError
 from pyfinetune.machine import info
@@ -139,7 +139,7 @@ def run(request: Request, recycled: bool | None = None, progress: Progress | Non
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "quick": request.quick,
         "device": request.device,
-        "machine": dict(facts),
+        "machine": facts_to_share(),
         "request": dataclasses.asdict(request),
         "peers": peer_list(request.device, request.peers),
         "left_out": request.left_out(),

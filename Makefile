@@ -69,6 +69,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST) $(PYTEST_FLAGS)
 
+# Without the tests of an op and its reference, which no backend changes: `make test` has run them.
+OF_BACKENDS := -k "not gradcheck and not opcheck and not compile and not fullgraph and not reference_is and not reference_in"
+
 # pytest exits with 5 when nothing was collected, which is not a failure here. The first instruction set is the best
 # one, which `make test` has run.
 test-extra: $(VENV)/.installed test-native test-triton
@@ -76,13 +79,13 @@ test-extra: $(VENV)/.installed test-native test-triton
 	set -e; for isa in $$($(BIN)/python -c 'from pyfinetune._native import native; print(*native.isas()[1:])'); do \
 	  [ -n "$(OP_TESTS)" ] || break; \
 	  echo "op tests with PYFINETUNE_CPU_ISA=$$isa"; \
-	  PYFINETUNE_CPU_ISA=$$isa $(PYTEST) $(OP_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]; \
+	  PYFINETUNE_CPU_ISA=$$isa $(PYTEST) $(OP_TESTS) $(OF_BACKENDS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]; \
 	done
 
 # The interpreter's products are numpy's, whose threads would fight torch's for the cores.
 test-triton: $(VENV)/.installed
 	[ -z "$(TRITON_TESTS)" ] || TRITON_INTERPRET=1 PYFINETUNE_TEST_BACKENDS=triton OPENBLAS_NUM_THREADS=1 \
-	  $(PYTEST) $(TRITON_TESTS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+	  $(PYTEST) $(TRITON_TESTS) $(OF_BACKENDS) $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 
 compile-report: $(VENV)/.installed
 	$(BIN)/python -m pyfinetune.bench.compile_report $(COMPILE_FLAGS)
